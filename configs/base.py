@@ -1,0 +1,158 @@
+"""Every field of an experiment, with the paper's settings as defaults.
+
+The other files of this folder start from here and change what they need. A
+field can be changed on the command line: `--config.train.steps=1000`.
+
+Sections and equations are those of the paper. Where it is silent, the default
+is explained in docs/decisions.md.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The paper's VOC 2012 setting, without a data set."""
+  c = ml_collections.ConfigDict()
+  c.seed = 0
+
+  # Data. Sizes are (height, width) in pixels, multiples of the stride.
+  c.data = ml_collections.ConfigDict()
+  c.data.name = "folder"  # "folder" or "shapes"
+  c.data.root = ""  # of "folder": the directory with classes.json and images/
+  c.data.prepared = ""  # prepared records; default WORKDIR/data
+  c.data.max_bad_fraction = 0.01  # unreadable images before the run aborts
+  c.data.shapes = ml_collections.ConfigDict()  # of "shapes": the generator
+  c.data.shapes.seed = 0
+  c.data.shapes.num_train = 500
+  c.data.shapes.num_val = 120
+  c.data.shapes.side = 160
+  # Each step draws one canvas; images are scaled into it. Section 4.1: short
+  # sides 480 to 1216 by 32; here every second, at 3 : 4 both ways.
+  c.data.canvases = tuple(
+    canvas
+    for short in range(480, 1217, 64)
+    for canvas in (
+      (short, -(-short * 4 // 3) // 32 * 32),
+      (-(-short * 4 // 3) // 32 * 32, short),
+    )
+  )
+  c.data.eval_canvases = ((672, 896), (896, 672))
+  c.data.flip = True
+
+  # Segment proposals.
+  c.proposals = ml_collections.ConfigDict()
+  c.proposals.store = ""  # default WORKDIR/proposals
+  c.proposals.num_superpixels = 600  # S
+  c.proposals.max_proposals = 2000  # P; section 4.1: 4,000 of MCG
+  c.proposals.max_side = 500  # images are shrunk to it before proposing
+  c.proposals.num_workers = 0  # processes; 0 = one per core
+
+  # Backbone.
+  c.backbone = ml_collections.ConfigDict()
+  c.backbone.name = "resnet_ws"  # or "efficientnet_lite0"
+  c.backbone.depth = 18  # of resnet_ws: 18, 50, 101
+  c.backbone.width = 1.0  # of resnet_ws: factor on all channels
+  c.backbone.norm = "frozen"  # of resnet_ws: "frozen", "batch", "group"
+  c.backbone.stride = 8  # pixels per cell of the feature map
+  c.backbone.outputs = ("res5",)  # stages, concatenated
+  c.backbone.projection = 0  # channels after a PCA of the stages; 0 = none
+  c.backbone.pretrained = ""  # "imagenet": the index package of the weights
+  # Up to which stage parameters keep their values: "all" (as the authors ran
+  # it), "none", or the name of a stage.
+  c.backbone.freeze = "all"
+  c.backbone.cache = True  # features of a fully frozen backbone, on disk
+  c.backbone.cache_gib = 20.0  # above this size nothing is cached
+
+  # Proposal features (section 3.3).
+  c.pooling = ml_collections.ConfigDict()
+  c.pooling.kind = "moi"  # or "roi", "roi_align" (Table 1)
+  c.pooling.output_size = (7, 7)
+  c.pooling.compensation = "bins"  # Eq. 7: "bins", "official", "features", ""
+  c.pooling.availability = "any"  # Eq. 6: "any" or "coverage"
+  c.pooling.reduce = "flatten"  # "mean" ties linear heads over the bins
+  c.pooling.average = False  # the segment's average beside its maxima
+  c.pooling.center = False  # subtract the mean proposal
+  c.pooling.size_exponents = (0.0, 0.0)  # size cue of the maxima, the average
+
+  # Neck and heads (section 3.2).
+  c.neck = ml_collections.ConfigDict()
+  c.neck.widths = (4096, 4096)
+  c.neck.dropout = 0.5
+  c.neck.input_dropout = 0.0
+  c.heads = ml_collections.ConfigDict()
+  c.heads.num_refinements = 4  # n_r (Table 3)
+  c.heads.zero_init = False
+
+  # Mining, see jtsm_jax.mining.labels.mine.
+  c.mining = ml_collections.ConfigDict()
+  c.mining.segments_per_thing = 1
+  c.mining.segments_per_stuff = 3
+  c.mining.score_ratio = 0.5
+  c.mining.foreground_iou = 0.5
+  c.mining.background_iou = (0.0, 0.5)
+
+  # Segmentation branches (section 3.4, Table 2).
+  c.instance = ml_collections.ConfigDict()
+  c.instance.enabled = True
+  c.instance.channels = 256
+  c.instance.num_convs = 4
+  c.semantic = ml_collections.ConfigDict()
+  c.semantic.enabled = True
+  c.semantic.channels = 256
+
+  # Re-estimation of the mined segments (section 3.4).
+  c.reestimation = ml_collections.ConfigDict()
+  c.reestimation.init = "segment"  # "rectangle" (authors' code) or "none"
+  c.reestimation.iterations = 5
+  c.reestimation.longest_side = 400
+  c.reestimation.threads = 0  # 0 = one per core
+  c.reestimation.lag = 0  # steps between mining and learning from the masks
+  c.reestimation.start = 0  # step at which the branches begin to learn
+
+  # Losses.
+  c.losses = ml_collections.ConfigDict()
+  c.losses.mil_reduction = "sum"  # over classes; "mean" in the authors' code
+  c.losses.refinement_reduction = "mean"  # over proposals; Eq. 3: "sum"
+  c.losses.instances_per_image = 64
+  c.losses.weight_instances = True  # y of Eq. 9; False in the authors' code
+  c.losses.mask_stride = 4  # canvas pixels per cell of a pseudo mask
+
+  # Training (section 4.1).
+  c.train = ml_collections.ConfigDict()
+  c.train.steps = 100_000
+  c.train.batch_size = 4  # over all devices
+  c.train.optimizer = "sgd"  # or "adamw"
+  c.train.learning_rate = 0.01
+  c.train.boundaries = (70_000,)  # steps at which the rate drops tenfold
+  c.train.momentum = 0.9
+  c.train.weight_decay = 5e-4
+  c.train.bias_lr_factor = 1.0  # 2 in the authors' code
+  c.train.log_every = 20
+  c.train.checkpoint_every = 1000
+  c.train.evaluate_every = 5000
+  c.train.loader_threads = 2
+  c.train.calibration_images = 64
+
+  # Tag warm-up of a backbone that starts from scratch; part of no paper.
+  c.warm_up = ml_collections.ConfigDict()
+  c.warm_up.steps = 0  # before the `train.steps`
+  c.warm_up.batch_size = 32
+  c.warm_up.learning_rate = 1e-3
+  c.warm_up.weight_decay = 0.05
+
+  # Inference and fusion.
+  c.evaluation = ml_collections.ConfigDict()
+  c.evaluation.batch_size = 4
+  c.evaluation.flip = True  # average with the mirrored image
+  c.evaluation.calibrate = False  # class thresholds from the training tags
+  c.evaluation.mil_share = 0.0  # of S^MIL in the average of the heads
+  c.evaluation.mask_share = 1.0  # of the instance branch, against proposals
+  c.evaluation.semantic_share = 1.0  # of the semantic branch, against votes
+  c.evaluation.nms_iou = 0.5
+  c.evaluation.max_detections = 100
+  c.evaluation.area_exponent = 0.0
+  c.evaluation.instance_score = 0.5
+  c.evaluation.instance_overlap = 0.5
+  c.evaluation.stuff_area = 4096 / (500 * 375)  # share of the image
+  c.evaluation.pictures = 12
+  return c

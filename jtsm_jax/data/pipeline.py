@@ -1,0 +1,349 @@
+"""From prepared records and stored proposals to batches of static shape.
+
+One element of the pipeline is the whole batch of a step and a pure function of
+(seed, step). The state of the iterator is therefore a position, and a resumed
+run sees exactly the batches that it would have seen.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import grain
+import numpy as np
+
+from jtsm_jax.data.prepared import RecordSource
+from jtsm_jax.data.sampling import BatchPlan, batch_plan, inference_plans
+from jtsm_jax.data.transforms import decode_image, fit_to_canvas, jitter_hsv
+from jtsm_jax.types import PADDING, Batch, InputError, Proposals
+
+_COLOUR = 2  # The stream of random numbers beside those of sampling.py.
+
+
+class ProposalStore(Protocol):
+  """What the pipeline needs of a store of proposals; a dict will do."""
+
+  def __contains__(self, image_id: str) -> bool: ...
+
+  def get(self, image_id: str) -> Proposals: ...
+
+
+def make_pipeline(
+  source: RecordSource,
+  store: ProposalStore,
+  *,
+  seed: int,
+  canvases: tuple[tuple[int, int], ...],
+  batch_size: int,
+  max_proposals: int,
+  max_superpixels: int,
+  num_steps: int,
+  start_step: int = 0,
+  load_images: bool = True,
+  flip: bool = True,
+  colour_factor: float = 1.0,
+  process_index: int = 0,
+  process_count: int = 1,
+  num_threads: int = 2,
+  prefetch: int = 4,
+) -> grain.DatasetIterator:
+  """Batches for training: images, tags and proposals, never a target.
+
+  Args:
+    source: the training split.
+    store: the proposals of its images.
+    seed: of the whole run.
+    canvases: the (H, W) that a batch may have, pixels.
+    batch_size: images in a batch, over all processes.
+    max_proposals: P; more are cut, best first.
+    max_superpixels: S.
+    num_steps: the step at which the iterator ends.
+    start_step: the first step.
+    load_images: False gives `images=None`, for cached features.
+    flip: mirror each image with probability 1/2.
+    colour_factor: exposure and saturation change by up to this; 1 for none.
+    process_index: k; this process gets the k-th slice of each batch.
+    process_count: n; must divide `batch_size`.
+    num_threads: that make batches.
+    prefetch: batches that are made ahead.
+
+  Returns:
+    An iterator of (step, Batch), B = batch_size / process_count, numpy arrays.
+    Its `get_state` and `set_state` go into the checkpoint; the state counts
+    from `start_step`, so a resumed run passes the same `start_step`.
+
+  Raises:
+    ValueError: process_count does not divide batch_size, or `batch_plan`
+      refuses the arguments.
+    InputError (while iterating): proposals do not fit the image or S.
+  """
+  local = _local_slice(batch_size, process_index, process_count)
+  get_proposals = _with_fallback(store)
+
+  def plan_of(step: int) -> BatchPlan:
+    return batch_plan(
+      step,
+      seed=seed,
+      sizes=source.sizes,
+      canvases=canvases,
+      batch_size=batch_size,
+      flip=flip,
+    )
+
+  def batch_of(step: int) -> tuple[int, Batch]:
+    plan = plan_of(step)
+    # Every example has its own colours, whichever process makes it.
+    rngs = [
+      np.random.default_rng((seed, _COLOUR, step, position))
+      for position in range(batch_size)
+    ]
+    batch = make_batch(
+      BatchPlan(plan.canvas, plan.indices[local], plan.flips[local]),
+      source,
+      get_proposals,
+      max_proposals=max_proposals,
+      max_superpixels=max_superpixels,
+      load_images=load_images,
+      colour_factor=colour_factor,
+      rngs=rngs[local],
+    )
+    return step, batch
+
+  plan_of(start_step)  # Wrong arguments fail here, not in a thread.
+  steps = grain.MapDataset.range(start_step, num_steps).map(batch_of)
+  return iter(steps.to_iter_dataset(_options(num_threads, prefetch)))
+
+
+def inference_batches(
+  source: RecordSource,
+  store: ProposalStore,
+  *,
+  canvases: tuple[tuple[int, int], ...],
+  batch_size: int,
+  max_proposals: int,
+  max_superpixels: int,
+  load_images: bool = True,
+  flip: bool = False,
+  process_index: int = 0,
+  process_count: int = 1,
+  num_threads: int = 2,
+  prefetch: int = 4,
+) -> Iterator[Batch]:
+  """Batches that show every image once, in order, canvas by canvas.
+
+  Each image lies on the largest canvas of its orientation. The last batch of a
+  canvas is filled with padding examples, whose `image_index` is -1 and whose
+  `valid` is False.
+
+  Args:
+    source: any split; targets are not read.
+    store: the proposals of its images.
+    canvases: the (H, W) to choose from, pixels.
+    batch_size: images in a batch, over all processes.
+    max_proposals: P; more are cut, best first.
+    max_superpixels: S.
+    load_images: False gives `images=None`, for cached features.
+    flip: mirror every image.
+    process_index: k; this process gets the k-th slice of each batch.
+    process_count: n; must divide `batch_size`.
+    num_threads: that make batches.
+    prefetch: batches that are made ahead.
+
+  Returns:
+    An iterator of Batch, B = batch_size / process_count; all processes get
+    equally many, of the same shapes.
+
+  Raises:
+    ValueError: process_count does not divide batch_size, or there is no canvas.
+    InputError (while iterating): proposals do not fit the image or S.
+  """
+  local = _local_slice(batch_size, process_index, process_count)
+  get_proposals = _with_fallback(store)
+  plans = inference_plans(
+    sizes=source.sizes, canvases=canvases, batch_size=batch_size, flip=flip
+  )
+
+  def batch_of(plan: BatchPlan) -> Batch:
+    return make_batch(
+      BatchPlan(plan.canvas, plan.indices[local], plan.flips[local]),
+      source,
+      get_proposals,
+      max_proposals=max_proposals,
+      max_superpixels=max_superpixels,
+      load_images=load_images,
+    )
+
+  batches = grain.MapDataset.source(plans).map(batch_of)
+  return iter(batches.to_iter_dataset(_options(num_threads, prefetch)))
+
+
+def make_batch(
+  plan: BatchPlan,
+  source: RecordSource,
+  get_proposals: Callable[[str, tuple[int, int]], Proposals],
+  *,
+  max_proposals: int,
+  max_superpixels: int,
+  load_images: bool = True,
+  colour_factor: float = 1.0,
+  rngs: list[np.random.Generator] | None = None,
+) -> Batch:
+  """Makes the batch of a plan.
+
+  Args:
+    plan: canvas, images and flips; index -1 gives a padding example.
+    source: the split.
+    get_proposals: (image id, (height, width)) -> Proposals.
+    max_proposals: P; more are cut, best first.
+    max_superpixels: S.
+    load_images: False gives `images=None`; no image is read then.
+    colour_factor: exposure and saturation change by up to this; 1 for none.
+    rngs: one generator per example, for the colours.
+
+  Returns:
+    The batch as described in `types.Batch`. Padded proposals belong to no
+    superpixel and have the box (0, 0, 1, 1).
+
+  Raises:
+    InputError: proposals do not fit the image or S.
+    ValueError: colours are to change, but there is no generator.
+  """
+  if load_images and colour_factor != 1 and rngs is None:
+    raise ValueError(
+      f"colour_factor is {colour_factor} but rngs is None; give a generator per"
+      " example"
+    )
+  B, P, S = len(plan.indices), max_proposals, max_superpixels
+  batch = Batch(
+    image_index=np.asarray(plan.indices, np.int32),
+    images=np.zeros((B, *plan.canvas, 3), np.uint8) if load_images else None,
+    features=None,
+    size=np.zeros((B, 2), np.int32),
+    flip=np.asarray(plan.flips, bool),
+    tags=np.zeros((B, source.tags.shape[1]), np.float32),
+    superpixels=np.full((B, *plan.canvas), PADDING, np.int32),
+    membership=np.zeros((B, P, S), bool),
+    boxes=np.tile(np.array([0, 0, 1, 1], np.float32), (B, P, 1)),
+    valid=np.zeros((B, P), bool),
+  )
+  for b, i in enumerate(plan.indices.tolist()):
+    if i < 0:
+      continue
+    image_id = source.image_ids[i]
+    size = tuple(source.sizes[i].tolist())
+    proposals = get_proposals(image_id, size)
+    _check_proposals(image_id, size, proposals, S)
+    image = None
+    if load_images:
+      image = decode_image(source[i].image, name=image_id)
+    image, batch.size[b], batch.superpixels[b], boxes = fit_to_canvas(
+      image,
+      proposals.superpixels,
+      proposals.boxes[:P],
+      canvas=plan.canvas,
+      flip=bool(plan.flips[b]),
+    )
+    if image is not None:
+      if colour_factor != 1:
+        image = jitter_hsv(rngs[b], image, factor=colour_factor)
+      batch.images[b] = image
+    num_superpixels = proposals.membership.shape[1]
+    batch.membership[b, : len(boxes), :num_superpixels] = proposals.membership[
+      :P
+    ]
+    batch.boxes[b, : len(boxes)] = boxes
+    batch.valid[b, : len(boxes)] = True
+    batch.tags[b] = source.tags[i]
+  return batch
+
+
+def images_on_canvas(plan: BatchPlan, source: RecordSource) -> np.ndarray:
+  """The `images` of `make_batch` with unchanged colours, without proposals.
+
+  Args:
+    plan: canvas, images and flips; index -1 gives a black image.
+    source: the split.
+
+  Returns:
+    [B, H, W, 3] uint8 RGB, padded with 0.
+  """
+  images = np.zeros((len(plan.indices), *plan.canvas, 3), np.uint8)
+  for b, i in enumerate(plan.indices.tolist()):
+    if i < 0:
+      continue
+    image = decode_image(source[i].image, name=source.image_ids[i])
+    images[b] = fit_to_canvas(
+      image,
+      np.zeros(image.shape[:2], np.int32),
+      np.zeros((0, 4)),
+      canvas=plan.canvas,
+      flip=bool(plan.flips[b]),
+    )[0]
+  return images
+
+
+def _with_fallback(
+  store: ProposalStore,
+) -> Callable[[str, tuple[int, int]], Proposals]:
+  """`store.get`, where an image without proposals is one proposal itself."""
+  warned: set[str] = set()
+  lock = threading.Lock()
+
+  def get(image_id: str, size: tuple[int, int]) -> Proposals:
+    if image_id in store:
+      return store.get(image_id)
+    with lock:
+      if image_id not in warned:
+        warned.add(image_id)
+        print(
+          f"warning: image {image_id!r} has no proposals in the store; the"
+          " whole image serves as its one proposal",
+          file=sys.stderr,
+        )
+    return Proposals(
+      superpixels=np.zeros(size, np.int32),
+      membership=np.ones((1, 1), bool),
+      boxes=np.array([[0, 0, *size]], np.int32),
+      scores=np.ones(1, np.float32),
+    )
+
+  return get
+
+
+def _check_proposals(
+  image_id: str, size: tuple[int, int], proposals: Proposals, S: int
+) -> None:
+  found = proposals.superpixels.shape
+  if found != size:
+    raise InputError(
+      f"the proposals of {image_id!r} are for an image of {found} (height,"
+      f" width), the data set has {size}; generate the proposals again"
+    )
+  count = proposals.membership.shape[1]
+  if count > S:
+    raise InputError(
+      f"image {image_id!r} has {count} superpixels, more than"
+      f" max_superpixels={S}; set it to at least {count}, or generate the"
+      " proposals with fewer superpixels"
+    )
+
+
+def _local_slice(
+  batch_size: int, process_index: int, process_count: int
+) -> slice:
+  if not 0 <= process_index < process_count or batch_size % process_count:
+    raise ValueError(
+      f"batch_size {batch_size} for process {process_index} of {process_count}:"
+      " the number of processes must divide it"
+    )
+  local = batch_size // process_count
+  return slice(process_index * local, (process_index + 1) * local)
+
+
+def _options(num_threads: int, prefetch: int) -> grain.ReadOptions:
+  return grain.ReadOptions(
+    num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads)
+  )

@@ -1,0 +1,202 @@
+"""From a trained model to scored segments: heads, suppression, pasted masks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jtsm_jax.models.jtsm import JTSM
+from jtsm_jax.types import Array, Batch, Detections, Proposals
+
+
+@flax.struct.dataclass
+class Scores:
+  """What the model says of a batch.
+
+  Attributes:
+    proposals: [B, P, K] float32 in [0, 1].
+    image: [B, K] float32 in (0, 1), the image-level scores y.
+    semantic: [B, Hf, Wf, 1 + stuff] float32 probabilities, 0 = a thing; None
+      without a semantic branch.
+    features: [B, Hf, Wf, C], for the instance branch.
+  """
+
+  proposals: Array
+  image: Array
+  semantic: Array | None
+  features: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectionSettings:
+  """How proposals become detections.
+
+  Attributes:
+    nms_iou: class-wise suppression threshold on the masks' IoU.
+    max_detections: kept per image.
+    min_score: lower scores are dropped before the suppression.
+    area_exponent: the ranking multiplies scores by the proposal's share of the
+      image to this power: whole objects before their parts. 0 = paper.
+  """
+
+  nms_iou: float = 0.5
+  max_detections: int = 100
+  min_score: float = 1e-3
+  area_exponent: float = 0.0
+
+
+def make_score_step(
+  model: JTSM, *, mil_share: float = 0.0
+) -> Callable[[Any, Batch], Scores]:
+  """The jitted forward pass.
+
+  The refinement heads are averaged (section 3.2); without any, S^MIL is used,
+  normalised so that the best proposal of a class has the class's image score.
+
+  Args:
+    model: the model.
+    mil_share: weight of the normalised S^MIL in the average; the paper has 0.
+  """
+
+  @jax.jit
+  def score(variables: Any, batch: Batch) -> Scores:
+    features = model.apply(variables, batch, train=False, method="features")
+    outputs = model.apply(
+      variables, features, batch, train=False, method="mine"
+    )
+    mil = outputs.mil_scores
+    top = jnp.maximum(mil.max(1, keepdims=True), 1e-12)
+    mil = mil / top * outputs.image_scores[:, None, :]
+    heads = [
+      jax.nn.softmax(logits)[..., :-1] for logits in outputs.refinement_logits
+    ]
+    scores = mil
+    if heads:
+      scores = (1 - mil_share) * sum(heads) / len(heads) + mil_share * mil
+    semantic = None
+    if model.semantic is not None:
+      semantic = jax.nn.softmax(
+        model.apply(variables, features, method="semantic_logits")
+      )
+    return Scores(
+      proposals=jnp.where(batch.valid[..., None], scores, 0.0),
+      image=outputs.image_scores,
+      semantic=semantic,
+      features=features,
+    )
+
+  return score
+
+
+def make_mask_step(model: JTSM) -> Callable[..., jax.Array]:
+  """The jitted instance branch: box masks [B, N, 28, 28] in [0, 1]."""
+
+  @jax.jit
+  def masks(variables: Any, features: Array, boxes: Array, category: Array):
+    logits = model.apply(variables, features, boxes, method="instance_logits")
+    index = category[:, :, None, None, None]
+    chosen = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
+    return jax.nn.sigmoid(chosen)
+
+  return masks
+
+
+def detect(
+  scores: np.ndarray,
+  proposals: Proposals,
+  *,
+  settings: DetectionSettings = DetectionSettings(),
+) -> Detections:
+  """Class-wise non-maximum suppression of segments.
+
+  Args:
+    scores: [P, T] float32 thing scores of the image's proposals.
+    proposals: the same P proposals.
+    settings: see there.
+
+  Returns:
+    Detections with the proposals' own masks.
+  """
+  areas = np.bincount(
+    proposals.superpixels.ravel(), minlength=proposals.membership.shape[1]
+  ).astype(np.float32)
+  members = proposals.membership.astype(np.float32)
+  size = members @ areas
+  ranking = scores * (size[:, None] / areas.sum()) ** settings.area_exponent
+  kept = []
+  for category in range(scores.shape[1]):
+    (candidates,) = np.nonzero(scores[:, category] >= settings.min_score)
+    order = candidates[np.argsort(-ranking[candidates, category])]
+    # More than this many survivors of one class never reach the top.
+    order = order[: 4 * settings.max_detections]
+    intersection = (members[order] * areas) @ members[order].T
+    union = size[order][:, None] + size[order] - intersection
+    overlaps = intersection > settings.nms_iou * union
+    alive = np.ones(len(order), bool)
+    for i in range(len(order)):
+      if alive[i]:
+        kept.append((ranking[order[i], category], order[i], category))
+        alive &= ~overlaps[i]
+  kept.sort(key=lambda k: -k[0])
+  kept = kept[: settings.max_detections]
+  index = np.array([k[1] for k in kept], np.int32)
+  category = np.array([k[2] for k in kept], np.int32)
+  return Detections(
+    proposal=index,
+    category=category,
+    score=scores[index, category].astype(np.float32),
+    boxes=proposals.boxes[index],
+    masks=proposals.membership[index][:, proposals.superpixels],
+  )
+
+
+def paste_masks(
+  probabilities: np.ndarray, boxes: np.ndarray, size: tuple[int, int]
+) -> np.ndarray:
+  """Puts box masks into the image.
+
+  Args:
+    probabilities: [N, m, m] float32 in [0, 1].
+    boxes: [N, 4] int32, image pixels.
+    size: (H, W) of the image.
+
+  Returns:
+    [N, H, W] float32 probabilities, 0 outside each box.
+  """
+  pasted = np.zeros((len(boxes), *size), np.float32)
+  for canvas, mask, (y0, x0, y1, x1) in zip(
+    pasted, probabilities, boxes, strict=True
+  ):
+    canvas[y0:y1, x0:x1] = cv2.resize(
+      mask, (int(x1 - x0), int(y1 - y0)), interpolation=cv2.INTER_LINEAR
+    )
+  return pasted
+
+
+def superpixel_votes(scores: np.ndarray, proposals: Proposals) -> np.ndarray:
+  """Each superpixel's mean score over the proposals that hold it.
+
+  Small proposals say more about a place than large ones: each votes with a
+  weight of one over the square root of its area.
+
+  Args:
+    scores: [P, K] float32.
+    proposals: the same P proposals.
+
+  Returns:
+    [S, K] float32.
+  """
+  members = proposals.membership.astype(np.float32)
+  areas = np.bincount(
+    proposals.superpixels.ravel(), minlength=members.shape[1]
+  ).astype(np.float32)
+  weight = 1 / np.sqrt(np.maximum(members @ areas, 1))
+  votes = (members * weight[:, None]).T @ scores
+  return votes / np.maximum(members.T @ weight, 1e-12)[:, None]

@@ -1,0 +1,47 @@
+"""The multiple-instance loss (Eq. 2) and the loss of the tag warm-up."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def mil_loss(
+  image_scores: jax.Array,
+  tags: jax.Array,
+  *,
+  valid: jax.Array,
+  reduction: str = "sum",
+) -> jax.Array:
+  """Binary cross-entropy of the image scores (Eq. 2), mean over images.
+
+  Args:
+    image_scores: [B, K] float32 in (0, 1), y.
+    tags: [B, K] float32, 0 or 1, t.
+    valid: [B] bool; padding examples do not count.
+    reduction: over classes: "sum" (paper) or "mean" (the authors' code).
+
+  Returns:
+    A scalar.
+
+  Raises:
+    ValueError: `reduction` is neither.
+  """
+  if reduction not in ("sum", "mean"):
+    raise ValueError(f"reduction is {reduction!r}; wanted 'sum' or 'mean'")
+  loss = -(tags * jnp.log(image_scores) + (1 - tags) * jnp.log1p(-image_scores))
+  loss = loss.sum(-1) if reduction == "sum" else loss.mean(-1)
+  return masked_mean(loss, valid)
+
+
+def tag_loss(logits: jax.Array, tags: jax.Array, *, valid: jax.Array):
+  """Sigmoid cross-entropy [B, K] summed over classes, mean over images."""
+  loss = optax.sigmoid_binary_cross_entropy(logits, tags).sum(-1)
+  return masked_mean(loss, valid)
+
+
+def masked_mean(values: jax.Array, valid: jax.Array) -> jax.Array:
+  """Mean of the valid values; 0 when there is none."""
+  weight = valid.astype(values.dtype)
+  return (values * weight).sum() / jnp.maximum(weight.sum(), 1)

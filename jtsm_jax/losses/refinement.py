@@ -1,0 +1,43 @@
+"""The panoptic refinement loss (Eq. 3)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jtsm_jax.types import Mined
+
+
+def refinement_loss(
+  logits: jax.Array,
+  mined: Mined,
+  *,
+  valid: jax.Array,
+  reduction: str = "mean",
+) -> jax.Array:
+  """Weighted cross-entropy of one refinement head with its pseudo labels.
+
+  Args:
+    logits: [B, P, K + 1] float32.
+    mined: labels and weights, from the head before.
+    valid: [B, P] bool.
+    reduction: over an image's proposals: "mean" over the valid ones, or "sum"
+      (Eq. 3 to the letter). Images are averaged.
+
+  Returns:
+    A scalar.
+
+  Raises:
+    ValueError: `reduction` is neither.
+  """
+  if reduction not in ("sum", "mean"):
+    raise ValueError(f"reduction is {reduction!r}; wanted 'sum' or 'mean'")
+  loss = optax.softmax_cross_entropy_with_integer_labels(logits, mined.label)
+  weight = jax.lax.stop_gradient(mined.weight) * valid
+  loss = (loss * weight).sum(1)
+  count = valid.sum(1)
+  if reduction == "mean":
+    loss = loss / jnp.maximum(count, 1)
+  images = (count > 0).astype(loss.dtype)
+  return (loss * images).sum() / jnp.maximum(images.sum(), 1)

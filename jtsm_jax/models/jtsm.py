@@ -1,0 +1,82 @@
+"""The whole model: backbone, mining branch, instance and semantic branches."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jtsm_jax.models.features import FeatureExtractor
+from jtsm_jax.models.instance_branch import InstanceBranch
+from jtsm_jax.models.neck_and_heads import MiningHeads, Neck, TagHead
+from jtsm_jax.models.proposal_features import ProposalFeatures
+from jtsm_jax.models.semantic_branch import SemanticBranch
+from jtsm_jax.types import Batch, MiningOutputs
+
+
+class JTSM(nn.Module):
+  """Joint thing-and-stuff mining (Fig. 2).
+
+  Each method is one branch and takes what the one before returned; nothing is
+  stored on the module. A branch that a task does not need is None: instance
+  segmentation drops `semantic`, detection drops both.
+  """
+
+  extractor: FeatureExtractor
+  proposal_features: ProposalFeatures
+  neck: Neck
+  heads: MiningHeads
+  tag_head: TagHead
+  instance: InstanceBranch | None
+  semantic: SemanticBranch | None
+
+  def features(self, batch: Batch, *, train: bool) -> jax.Array:
+    """The feature map [B, Hf, Wf, C]: cached, or from the images."""
+    if batch.features is not None:
+      return batch.features.astype(jnp.float32)
+    return self.extractor(batch.images, train=train)
+
+  def extract(self, images: jax.Array) -> jax.Array:
+    """The feature map of images, for the cache."""
+    return self.extractor(images, train=False)
+
+  def stages(self, images: jax.Array, *, train: bool) -> jax.Array:
+    """The feature map before its projection, for warm-up and calibration."""
+    return self.extractor.stages(images, train=train)
+
+  def pool(self, features: jax.Array, batch: Batch) -> list[jax.Array]:
+    """The pooled proposals before centring, for calibration."""
+    return self.proposal_features.pool(features, batch)
+
+  def mine(
+    self, features: jax.Array, batch: Batch, *, train: bool
+  ) -> MiningOutputs:
+    """The panoptic mining branch (section 3.2)."""
+    x = self.proposal_features(features, batch)
+    return self.heads(self.neck(x, train=train), batch.valid)
+
+  def instance_logits(self, features: jax.Array, boxes: jax.Array) -> jax.Array:
+    """Masks [B, N, 28, 28, T] of boxes [B, N, 4]."""
+    return self.instance(features, boxes)
+
+  def semantic_logits(self, features: jax.Array) -> jax.Array:
+    """Logits [B, Hf, Wf, 1 + stuff]; 0 = a thing."""
+    return self.semantic(features)
+
+  def tag_logits(self, stages: jax.Array, size: jax.Array) -> jax.Array:
+    """Tag logits [B, K] of images of `size` [B, 2] on the canvas."""
+    stride = self.extractor.stride
+    y = jnp.arange(stages.shape[1]) * stride
+    x = jnp.arange(stages.shape[2]) * stride
+    inside = (y < size[:, :1])[:, :, None] & (x < size[:, 1:])[:, None, :]
+    return self.tag_head(stages, inside)
+
+  def __call__(self, batch: Batch) -> None:
+    """Touches every branch, so that `init` makes all variables."""
+    features = self.features(batch.replace(features=None), train=False)
+    self.mine(features, batch, train=False)
+    self.tag_logits(self.stages(batch.images, train=False), batch.size)
+    if self.instance is not None:
+      self.instance_logits(features, batch.boxes[:, :1])
+    if self.semantic is not None:
+      self.semantic_logits(features)

@@ -1,0 +1,132 @@
+"""The panoptic mining branch: neck, two-stream MIL head, refinement heads."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jtsm_jax.types import MiningOutputs
+
+SCORE_EPSILON = 1e-6
+"""Image scores are kept this far from 0 and 1, so that logarithms are finite."""
+
+
+class Neck(nn.Module):
+  """Fully connected layers with ReLU and dropout; none with `widths = ()`.
+
+  Attributes:
+    widths: units of each layer; the paper has (4096, 4096).
+    dropout: rate after each layer.
+    input_dropout: rate on the pooled features themselves.
+  """
+
+  widths: tuple[int, ...] = (4096, 4096)
+  dropout: float = 0.5
+  input_dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Maps [B, P, D] to [B, P, widths[-1]]."""
+    x = nn.Dropout(self.input_dropout, deterministic=not train)(x)
+    for i, width in enumerate(self.widths):
+      x = nn.Dense(
+        width,
+        kernel_init=nn.initializers.normal(0.005),
+        bias_init=nn.initializers.constant(0.1),
+        name=f"fc{i + 1}",
+      )(x)
+      x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(x))
+    return x
+
+
+class MiningHeads(nn.Module):
+  """The MIL head (section 3.2) and n_r parallel refinement heads.
+
+  Attributes:
+    num_classes: K, things and stuff.
+    num_refinements: n_r, 0 to any number; the paper has 4.
+    zero_init: start the MIL head at zero, so that all proposals begin equal;
+      otherwise Xavier, as the authors do.
+  """
+
+  num_classes: int
+  num_refinements: int = 4
+  zero_init: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array, valid: jax.Array) -> MiningOutputs:
+    """Scores proposals.
+
+    Args:
+      x: [B, P, D] proposal features.
+      valid: [B, P] bool.
+    """
+    init = (
+      nn.initializers.zeros
+      if self.zero_init
+      else nn.initializers.xavier_uniform()
+    )
+    classify = nn.Dense(self.num_classes, kernel_init=init, name="mil_classes")
+    detect = nn.Dense(self.num_classes, kernel_init=init, name="mil_proposals")
+    refinements = [
+      nn.Dense(
+        self.num_classes + 1,
+        kernel_init=nn.initializers.normal(0.01),
+        name=f"refinement_{r + 1}",
+      )
+      for r in range(self.num_refinements)
+    ]
+    scores = mil_scores(classify(x), detect(x), valid)
+    return MiningOutputs(
+      mil_scores=scores,
+      image_scores=image_scores(scores),
+      refinement_logits=tuple(head(x) for head in refinements),
+    )
+
+
+def mil_scores(
+  classify: jax.Array, detect: jax.Array, valid: jax.Array
+) -> jax.Array:
+  """S^MIL: softmax over classes times softmax over the image's proposals.
+
+  Args:
+    classify: [B, P, K] logits of the classification stream, S^C.
+    detect: [B, P, K] logits of the detection stream, S^D.
+    valid: [B, P] bool; padded proposals get 0.
+
+  Returns:
+    [B, P, K] float32.
+  """
+  valid = valid[..., None]
+  over_classes = jax.nn.softmax(classify.astype(jnp.float32), axis=2)
+  # A finite floor: an image of padding alone must not give NaN.
+  detect = jnp.where(valid, detect.astype(jnp.float32), -1e30)
+  over_proposals = jax.nn.softmax(detect, axis=1)
+  return jnp.where(valid, over_classes * over_proposals, 0.0)
+
+
+def image_scores(scores: jax.Array) -> jax.Array:
+  """y of Eq. 2: the sum of S^MIL over proposals, [B, P, K] to [B, K]."""
+  return jnp.clip(scores.sum(1), SCORE_EPSILON, 1 - SCORE_EPSILON)
+
+
+class TagHead(nn.Module):
+  """Image-level tags from the globally pooled map, for the tag warm-up."""
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, features: jax.Array, inside: jax.Array) -> jax.Array:
+    """Tag logits.
+
+    Args:
+      features: [B, Hf, Wf, C].
+      inside: [B, Hf, Wf] bool, cells that lie in the image.
+
+    Returns:
+      [B, K] float32 logits.
+    """
+    weight = inside[..., None].astype(jnp.float32)
+    x = (features * weight).sum((1, 2)) / jnp.maximum(weight.sum((1, 2)), 1)
+    return nn.Dense(self.num_classes)(x)

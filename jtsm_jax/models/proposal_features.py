@@ -1,0 +1,140 @@
+"""From the feature map to one description of each segment proposal."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels as pk
+from jtsm_jax.types import Batch
+
+
+class ProposalFeatures(nn.Module):
+  """Pools every proposal of a batch (Eq. 5-8) and arranges what the neck reads.
+
+  With the defaults this is the paper's: 7 x 7 MoIPool, compensated, flattened.
+  The other options are what small sets of real photographs need; see
+  docs/decisions.md.
+
+  Attributes:
+    stride: pixels per cell of the feature map.
+    pooling: "moi" (masked), "roi" (RoIPool) or "roi_align".
+    output_size: bins, rows and columns.
+    compensation: of MoIPool, see `pallas_kernels.moi_pool`; the mean over bins
+      has no use for it.
+    availability: which cells a segment owns, see
+      `pallas_kernels.superpixel_masks`.
+    reduce: "flatten" keeps the bins apart; "mean" averages the non-empty bins,
+      which ties linear heads over the bins.
+    average: append the average of the features over the segment (over the box
+      when `pooling` is not masked).
+    center: subtract the mean proposal and divide by the spread; both are
+      constants that calibration sets.
+    size_exponents: scale the pooled part and the averaged part by the
+      proposal's share of the image to this power; 0 hides the size.
+  """
+
+  stride: int
+  pooling: str = "moi"
+  output_size: tuple[int, int] = (7, 7)
+  compensation: str | None = "bins"
+  availability: str = "any"
+  reduce: str = "flatten"
+  average: bool = False
+  center: bool = False
+  size_exponents: tuple[float, float] = (0.0, 0.0)
+
+  @nn.compact
+  def __call__(self, features: jax.Array, batch: Batch) -> jax.Array:
+    """Maps [B, Hf, Wf, C] and the proposals of `batch` to [B, P, D] float32."""
+    parts = self.pool(features, batch)
+    if self.center:
+      parts = [self._centred(i, part) for i, part in enumerate(parts)]
+    share = jax.vmap(area_share)(batch.superpixels, batch.membership)
+    parts = [
+      part * share[..., None] ** exponent if exponent else part
+      for part, exponent in zip(parts, self.size_exponents, strict=False)
+    ]
+    return jnp.concatenate(parts, axis=-1)
+
+  def pool(self, features: jax.Array, batch: Batch) -> list[jax.Array]:
+    """The pooled part and, if asked for, the averaged part: [B, P, Di] each."""
+    arrays = features, batch.superpixels, batch.membership, batch.boxes
+    # Image by image is faster where nothing runs in parallel anyhow.
+    if jax.default_backend() == "cpu":
+      return jax.lax.map(lambda image: self._pool_image(*image), arrays)
+    return jax.vmap(self._pool_image)(*arrays)
+
+  def _pool_image(self, features, superpixels, membership, boxes):
+    grid = pk.grid_boxes(boxes, stride=self.stride)
+    if self.pooling == "moi":
+      masks = pk.superpixel_masks(
+        superpixels,
+        membership,
+        grid,
+        stride=self.stride,
+        availability=self.availability,
+      )
+      pooled = pk.moi_pool(
+        features,
+        masks,
+        grid,
+        output_size=self.output_size,
+        compensation=self.compensation if self.reduce == "flatten" else None,
+      )
+      bins = pk.available_bins(masks, grid, output_size=self.output_size)
+    else:
+      masks = box_masks(grid, features.shape[:2])
+      bins = jnp.ones((len(boxes), *self.output_size), bool)
+      if self.pooling == "roi":
+        pooled = pk.roi_pool(features, grid, output_size=self.output_size)
+      elif self.pooling == "roi_align":
+        pooled = pk.roi_align(
+          features, boxes, stride=self.stride, output_size=self.output_size
+        )
+      else:
+        raise ValueError(
+          f"pooling is {self.pooling!r}; wanted 'moi', 'roi' or 'roi_align'"
+        )
+    pooled = pooled.astype(jnp.float32)
+    if self.reduce == "flatten":
+      parts = [pooled.reshape(len(boxes), -1)]
+    elif self.reduce == "mean":
+      count = jnp.maximum(bins.sum((1, 2)), 1)
+      parts = [pooled.sum((1, 2)) / count[:, None]]
+    else:
+      raise ValueError(f"reduce is {self.reduce!r}; wanted 'flatten' or 'mean'")
+    if self.average:
+      parts.append(pk.masked_average(features, masks).astype(jnp.float32))
+    return parts
+
+  def _centred(self, index: int, part: jax.Array) -> jax.Array:
+    dimension = part.shape[-1]
+    mean = self.variable(
+      "constants", f"mean_{index}", jnp.zeros, (dimension,)
+    ).value
+    scale = self.variable("constants", f"scale_{index}", jnp.ones, ()).value
+    return (part - mean) / scale
+
+
+def area_share(superpixels: jax.Array, membership: jax.Array) -> jax.Array:
+  """Area of each proposal as a share of its image: [P] float32 in [0, 1]."""
+  areas = superpixel_areas(superpixels, membership.shape[1])
+  return membership.astype(jnp.float32) @ areas / jnp.maximum(areas.sum(), 1)
+
+
+def superpixel_areas(superpixels: jax.Array, count: int) -> jax.Array:
+  """Pixels of each superpixel on the canvas: [S] float32; padding is left out."""
+  flat = superpixels.reshape(-1)
+  index = jnp.where(flat < 0, count, flat)
+  return jnp.zeros(count + 1, jnp.float32).at[index].add(1.0)[:count]
+
+
+def box_masks(grid: jax.Array, size: tuple[int, int]) -> jax.Array:
+  """Masks [P, Hf, Wf] of inclusive grid boxes [P, 4]."""
+  y = jnp.arange(size[0])
+  x = jnp.arange(size[1])
+  rows = (y >= grid[:, None, 0]) & (y <= grid[:, None, 2])
+  columns = (x >= grid[:, None, 1]) & (x <= grid[:, None, 3])
+  return rows[:, :, None] & columns[:, None, :]

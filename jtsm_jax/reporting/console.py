@@ -1,0 +1,76 @@
+"""What a person sees while the program works."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import tqdm
+
+
+def progress(
+  iterable: Iterable[Any] | None = None,
+  description: str = "",
+  *,
+  total: int | None = None,
+  initial: int = 0,
+  unit: str = "it",
+) -> tqdm.tqdm:
+  """A progress line on stderr with rate and remaining time.
+
+  Iterate over the result, or call its `update(n)`. On a terminal it is a bar;
+  in a log file or a pipe it is a plain line at most every 10 seconds.
+
+  Args:
+    iterable: what to go through; None to count by `update`.
+    description: what is being done, such as "evaluate".
+    total: number of items, when `iterable` cannot tell.
+    initial: items done before, by the run that this one goes on from.
+    unit: name of one item.
+  """
+  shared = {
+    "iterable": iterable,
+    "desc": description,
+    "total": total,
+    "initial": initial,
+    "unit": unit,
+    "file": sys.stderr,
+    "smoothing": 0.1,
+  }
+  if sys.stderr.isatty():
+    return tqdm.tqdm(**shared, dynamic_ncols=True)
+  line = (
+    "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+  )
+  return _LogLines(**shared, mininterval=10, bar_format=line)
+
+
+class _LogLines(tqdm.tqdm):
+  """tqdm for a log: a line each time instead of one that is drawn over."""
+
+  monitor_interval = 0  # no thread that prints between updates
+
+  @staticmethod
+  def status_printer(file):
+    def print_status(line: str) -> None:
+      file.write(line + "\n")
+      file.flush()
+
+    return print_status
+
+
+def format_duration(seconds: float) -> str:
+  """12 s, 3 min 05 s, 2 h 07 min or 1 d 04 h; below 10 s one decimal."""
+  if seconds < 9.95:
+    return f"{seconds:.1f} s"
+  seconds = round(seconds)
+  if seconds < 60:
+    return f"{seconds} s"
+  minutes, seconds = divmod(seconds, 60)
+  if minutes < 60:
+    return f"{minutes} min {seconds:02d} s"
+  hours, minutes = divmod(minutes, 60)
+  if hours < 24:
+    return f"{hours} h {minutes:02d} min"
+  return f"{hours // 24} d {hours % 24:02d} h"

@@ -1,0 +1,381 @@
+"""The modes of main.py: prepare, propose, train, evaluate, predict.
+
+Each function does one mode and nothing that is already done. This is where the
+configuration is read and handed on as plain arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import ml_collections
+from absl import logging
+
+from jtsm_jax.data import folder, prepared, shapes
+from jtsm_jax.data.panoptic_files import write_panoptic
+from jtsm_jax.data.prepared import PreparedData
+from jtsm_jax.data.transforms import decode_image
+from jtsm_jax.evaluation.class_calibration import (
+  ClassCalibration,
+  load_calibration,
+  save_calibration,
+)
+from jtsm_jax.evaluation.evaluate import evaluate, write_metrics
+from jtsm_jax.evaluation.fusion import FusionSettings
+from jtsm_jax.evaluation.inference import DetectionSettings
+from jtsm_jax.evaluation.panoptic_quality import format_table
+from jtsm_jax.evaluation.predict import (
+  PredictionSettings,
+  learn_calibration,
+  predict,
+)
+from jtsm_jax.proposals import store as stores
+from jtsm_jax.proposals.generate import ProposalSettings
+from jtsm_jax.reporting import stages
+from jtsm_jax.reporting.visualize import overlay_panoptic, write_image
+from jtsm_jax.train import build, checkpoints
+from jtsm_jax.train.loop import train
+from jtsm_jax.train.state import TrainState
+from jtsm_jax.types import InputError
+
+Config = ml_collections.ConfigDict
+
+FREE_FIELDS = (
+  "data.prepared",
+  "data.max_bad_fraction",
+  "proposals.store",
+  "proposals.num_workers",
+  "backbone.cache",
+  "reestimation.threads",
+  "train.log_every",
+  "train.checkpoint_every",
+  "train.evaluate_every",
+  "train.loader_threads",
+  "evaluation",
+)
+"""Fields that may change between two runs in one workdir."""
+
+
+def run(
+  config: Config,
+  workdir: pathlib.Path,
+  *,
+  mode: str,
+  images: pathlib.Path | None = None,
+) -> None:
+  """Runs a mode of main.py.
+
+  Args:
+    config: see configs/base.py.
+    workdir: folder of the run; made if absent.
+    mode: "all", "prepare", "propose", "train", "evaluate" or "predict".
+    images: folder of images, for "predict".
+
+  Raises:
+    InputError: a path, a file or a field of the configuration is at fault.
+  """
+  claim_workdir(workdir, config)
+  if mode == "predict":
+    return predict_folder(config, workdir, images)
+  data = prepare(config, workdir)
+  if mode == "prepare":
+    return None
+  store = propose(config, workdir, data)
+  if mode == "propose":
+    return None
+  if mode in ("all", "train"):
+    run_training(config, workdir, data, store)
+  if mode in ("all", "evaluate"):
+    run_evaluation(config, workdir, data, store)
+  return None
+
+
+def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
+  """Writes the configuration into a new workdir, or compares it with its own.
+
+  Raises:
+    InputError: the workdir cannot be made, or belongs to other settings.
+  """
+  path = workdir / "config.json"
+  mine = json.loads(config.to_json_best_effort())
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+      draft = path.with_suffix(".tmp")
+      draft.write_text(json.dumps(mine, indent=1))
+      os.replace(draft, path)
+      return
+    theirs = json.loads(path.read_text())
+  except OSError as error:
+    raise InputError(
+      f"--workdir={workdir}: {error.strerror}; give a folder that can be "
+      "written"
+    ) from error
+  except ValueError as error:
+    raise InputError(f"{path} is damaged ({error}); remove it") from error
+  a, b = _flat(mine), _flat(theirs)
+  changed = [
+    f"{name} = {a.get(name)!r}, there {b.get(name)!r}"
+    for name in sorted(a.keys() | b.keys())
+    if a.get(name) != b.get(name)
+    and not any(name == f or name.startswith(f + ".") for f in FREE_FIELDS)
+  ]
+  if changed:
+    raise InputError(
+      f"--workdir={workdir} belongs to a run of other settings: config."
+      + "; config.".join(changed)
+      + ". Give another --workdir, or the same settings"
+    )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      flat |= _flat(value, f"{prefix}{name}.")
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+def prepare(config: Config, workdir: pathlib.Path) -> PreparedData:
+  """Prepares the data set unless it is prepared, and opens it."""
+  directory = pathlib.Path(config.data.prepared or workdir / "data")
+  if not prepared.is_prepared(directory):
+    prepared.prepare(
+      _source(config),
+      directory,
+      max_bad_fraction=config.data.max_bad_fraction,
+    )
+  data = prepared.open_prepared(directory)
+  counts = ", ".join(f"{len(s)} {name}" for name, s in data.splits.items())
+  logging.info("data: %s with %s images", data.name, counts)
+  return data
+
+
+def _source(config: Config) -> prepared.Source:
+  if config.data.name == "shapes":
+    return shapes.shapes_source(**config.data.shapes)
+  if config.data.name == "folder":
+    if not config.data.root:
+      raise InputError(
+        "config.data.root is empty; give the folder with classes.json, images/ "
+        "and train_tags.csv: --config.data.root=DIR"
+      )
+    return folder.folder_source(config.data.root)
+  raise InputError(
+    f"config.data.name is {config.data.name!r}; wanted 'shapes' or 'folder'"
+  )
+
+
+def propose(
+  config: Config, workdir: pathlib.Path, data: PreparedData
+) -> stores.ProposalStore:
+  """Proposes segments for every image that has none, and opens the store."""
+  root = pathlib.Path(config.proposals.store or workdir / "proposals")
+  settings = proposal_settings(config)
+  path = stores.store_path(root, settings)
+  for source in data.splits.values():
+    _propose(config, source, path)
+  return stores.open_store(path)
+
+
+def _propose(config, source, path) -> None:
+  stores.propose_all(
+    source,
+    path,
+    settings=proposal_settings(config),
+    num_workers=config.proposals.num_workers or None,
+    max_bad_fraction=config.data.max_bad_fraction,
+    report=logging.warning,
+  )
+
+
+def proposal_settings(config: Config) -> ProposalSettings:
+  """`config.proposals` as plain settings."""
+  return ProposalSettings(
+    num_superpixels=config.proposals.num_superpixels,
+    max_proposals=config.proposals.max_proposals,
+    max_side=config.proposals.max_side,
+  )
+
+
+def prediction_settings(config: Config) -> PredictionSettings:
+  """`config.evaluation` as plain settings."""
+  e = config.evaluation
+  return PredictionSettings(
+    canvases=tuple(tuple(c) for c in config.data.eval_canvases),
+    batch_size=e.batch_size,
+    max_proposals=config.proposals.max_proposals,
+    max_superpixels=config.proposals.num_superpixels,
+    flip=e.flip,
+    mil_share=e.mil_share,
+    mask_share=e.mask_share,
+    semantic_share=e.semantic_share,
+    detection=DetectionSettings(
+      nms_iou=e.nms_iou,
+      max_detections=e.max_detections,
+      area_exponent=e.area_exponent,
+    ),
+    fusion=FusionSettings(
+      instance_score=e.instance_score,
+      instance_overlap=e.instance_overlap,
+      stuff_area=e.stuff_area,
+    ),
+  )
+
+
+def run_training(
+  config: Config,
+  workdir: pathlib.Path,
+  data: PreparedData,
+  store: stores.ProposalStore,
+) -> None:
+  """Trains to the last step, evaluating on the way where there are targets."""
+  model = build.build_model(config, data.categories)
+
+  def evaluate_state(state: TrainState) -> dict[str, float]:
+    calibration = _calibrate(config, model, state.variables, data, store)
+    result = evaluate(
+      _predictions(config, model, state.variables, data, store, calibration),
+      data.splits["val"],
+      data.categories,
+    )
+    print(format_table(result))
+    return {
+      "pq": result["all"]["pq"],
+      "pq_things": result["things"]["pq"],
+      "pq_stuff": result["stuff"]["pq"],
+      "miou": result["semantic"]["miou"],
+    }
+
+  has_targets = "val" in data.splits and data.splits["val"].has_targets
+  train(
+    config,
+    workdir,
+    data=data,
+    store=store,
+    evaluate=evaluate_state if has_targets else None,
+  )
+
+
+def _calibrate(config, model, variables, data, store) -> ClassCalibration:
+  if not config.evaluation.calibrate:
+    return ClassCalibration.neutral(len(data.categories))
+  return learn_calibration(
+    model,
+    variables,
+    data.splits["train"],
+    store,
+    settings=prediction_settings(config),
+  )
+
+
+def _predictions(config, model, variables, data, store, calibration):
+  return predict(
+    model,
+    variables,
+    data.splits["val"],
+    store,
+    calibration=calibration,
+    num_things=data.categories.num_things,
+    settings=prediction_settings(config),
+    description="evaluate",
+  )
+
+
+def run_evaluation(
+  config: Config,
+  workdir: pathlib.Path,
+  data: PreparedData,
+  store: stores.ProposalStore,
+) -> None:
+  """Evaluates the last checkpoint: table, metrics.json and pictures."""
+  if "val" not in data.splits:
+    print("The data set has no validation images: nothing to evaluate.")
+    return
+  model = build.build_model(config, data.categories)
+  step, variables = checkpoints.restore_variables(workdir / "checkpoints")
+  calibration = _calibrate(config, model, variables, data, store)
+  folder_ = workdir / "evaluation"
+  save_calibration(workdir / "calibration.json", calibration, data.categories)
+  source = data.splits["val"]
+
+  def draw(prediction):
+    if prediction.index % max(len(source) // config.evaluation.pictures, 1):
+      return
+    sheet = stages.prediction_sheet(
+      decode_image(source[prediction.index].image),
+      store.get(source.image_ids[prediction.index]),
+      prediction.panoptic,
+      source.target(prediction.index),
+      data.categories,
+    )
+    name = source.image_ids[prediction.index]
+    write_image(folder_ / "overlays" / f"{name}.jpg", sheet)
+
+  result = evaluate(
+    _predictions(config, model, variables, data, store, calibration),
+    source,
+    data.categories,
+    on_prediction=draw,
+  )
+  write_metrics(
+    folder_ / "metrics.json", {"step": step, "split": "val"} | result
+  )
+  print(format_table(result))
+  print(f"mIoU {result['semantic']['miou']:.1f}")
+  print(f"\nfigures    {folder_ / 'metrics.json'}")
+  print(f"pictures   {folder_ / 'overlays'}")
+  print(
+    "next       python main.py --config=... --workdir="
+    f"{workdir} --mode=predict --input=FOLDER_OF_IMAGES"
+  )
+
+
+def predict_folder(
+  config: Config, workdir: pathlib.Path, images: pathlib.Path
+) -> None:
+  """Predicts a folder of images: COCO panoptic PNG + JSON and overlays."""
+  directory = pathlib.Path(config.data.prepared or workdir / "data")
+  categories = prepared.open_prepared(directory).categories
+  source = folder.ImageFolder(images, num_classes=len(categories))
+  output = workdir / "predictions" / images.resolve().name
+  settings = proposal_settings(config)
+  path = stores.store_path(output / "proposals", settings)
+  _propose(config, source, path)
+  store = stores.open_store(path)
+  model = build.build_model(config, categories)
+  _, variables = checkpoints.restore_variables(workdir / "checkpoints")
+  if config.evaluation.calibrate:
+    calibration = load_calibration(workdir / "calibration.json", categories)
+  else:
+    calibration = ClassCalibration.neutral(len(categories))
+  predictions = predict(
+    model,
+    variables,
+    source,
+    store,
+    calibration=calibration,
+    num_things=categories.num_things,
+    settings=prediction_settings(config),
+  )
+
+  def results():
+    for prediction in predictions:
+      name = source.image_ids[prediction.index]
+      image = decode_image(source[prediction.index].image)
+      write_image(
+        output / "overlays" / f"{name}.jpg",
+        overlay_panoptic(image, prediction.panoptic, categories),
+      )
+      yield name, source.names[prediction.index], prediction.panoptic
+
+  write_panoptic(
+    output / "panoptic.json", output / "panoptic", results(), categories
+  )
+  print(f"panoptic   {output / 'panoptic.json'} and {output / 'panoptic'}")
+  print(f"overlays   {output / 'overlays'}")

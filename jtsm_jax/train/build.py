@@ -1,0 +1,203 @@
+"""From a configuration to the model, its settings and its first weights."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import ml_collections
+import optax
+
+from jtsm_jax.models import efficientnet_lite, pretrained, resnet_ws
+from jtsm_jax.models.features import FeatureExtractor
+from jtsm_jax.models.instance_branch import InstanceBranch
+from jtsm_jax.models.jtsm import JTSM
+from jtsm_jax.models.neck_and_heads import MiningHeads, Neck, TagHead
+from jtsm_jax.models.proposal_features import ProposalFeatures
+from jtsm_jax.models.semantic_branch import SemanticBranch
+from jtsm_jax.train.schedule import make_optimizer, step_decay
+from jtsm_jax.train.step import LossSettings, MiningSettings
+from jtsm_jax.types import Categories, InputError
+
+STAGES = {
+  "resnet_ws": {
+    "stem": "stem[123]",
+    **{f"res{i}": f"res{i}_" for i in range(2, 6)},
+  },
+  "efficientnet_lite0": {
+    "stem": "stem",
+    "stage1": "block0/",
+    "stage2": "block[12]/",
+    "stage3": "block[34]/",
+    "stage4": "block[567]/",
+    "stage5": "block([89]|10)/",
+    "stage6": "block1[1234]/",
+    "stage7": "block15/",
+    "head": "head",
+  },
+}
+"""Stages of each backbone in order, and the beginnings of their parameters."""
+
+
+def build_model(
+  config: ml_collections.ConfigDict, categories: Categories
+) -> JTSM:
+  """The model of a configuration.
+
+  Raises:
+    InputError: a field has a value that no part of the model knows.
+  """
+  b = config.backbone
+  stages = _stages(b.name)
+  wrong = [name for name in b.outputs if name not in stages]
+  if wrong or b.freeze not in ("all", "none", *stages):
+    raise InputError(
+      f"config.backbone: outputs is {tuple(b.outputs)} and freeze is "
+      f"{b.freeze!r}; the stages of {b.name} are {', '.join(stages)} (freeze "
+      "may also be 'all' or 'none')"
+    )
+  if b.name == "resnet_ws":
+    backbone = resnet_ws.ResNetWS(
+      depth=b.depth, width=b.width, norm=b.norm, dilated=b.stride == 8
+    )
+    normalise = resnet_ws.normalise
+  else:
+    backbone = efficientnet_lite.EfficientNetLite0(output_stride=b.stride)
+    normalise = efficientnet_lite.normalise
+  num_things = categories.num_things
+  num_stuff = len(categories) - num_things
+  return JTSM(
+    extractor=FeatureExtractor(
+      backbone=backbone,
+      normalise=normalise,
+      outputs=tuple(b.outputs),
+      stride=b.stride,
+      projection=b.projection,
+      frozen=b.freeze == "all",
+    ),
+    proposal_features=ProposalFeatures(
+      stride=b.stride,
+      pooling=config.pooling.kind,
+      output_size=tuple(config.pooling.output_size),
+      compensation=config.pooling.compensation or None,
+      availability=config.pooling.availability,
+      reduce=config.pooling.reduce,
+      average=config.pooling.average,
+      center=config.pooling.center,
+      size_exponents=tuple(config.pooling.size_exponents),
+    ),
+    neck=Neck(
+      widths=tuple(config.neck.widths),
+      dropout=config.neck.dropout,
+      input_dropout=config.neck.input_dropout,
+    ),
+    heads=MiningHeads(
+      num_classes=len(categories),
+      num_refinements=config.heads.num_refinements,
+      zero_init=config.heads.zero_init,
+    ),
+    tag_head=TagHead(num_classes=len(categories)),
+    instance=InstanceBranch(
+      num_things=num_things,
+      channels=config.instance.channels,
+      num_convs=config.instance.num_convs,
+      stride=b.stride,
+    )
+    if config.instance.enabled and num_things
+    else None,
+    semantic=SemanticBranch(
+      num_stuff=num_stuff, channels=config.semantic.channels
+    )
+    if config.semantic.enabled and num_stuff
+    else None,
+  )
+
+
+def load_pretrained(
+  config: ml_collections.ConfigDict, cache_dir: pathlib.Path
+) -> dict[str, Any] | None:
+  """The backbone's variables, or None to start it at random."""
+  source = config.backbone.pretrained
+  if not source:
+    return None
+  if (config.backbone.name, source) == ("efficientnet_lite0", "imagenet"):
+    return pretrained.load_efficientnet_lite0(cache_dir=cache_dir)
+  raise InputError(
+    f"config.backbone.pretrained is {source!r}: there are no such weights for "
+    f"{config.backbone.name}. efficientnet_lite0 has 'imagenet'; '' starts at "
+    "random"
+  )
+
+
+def warm_up_optimizer(
+  config: ml_collections.ConfigDict, params: Any
+) -> optax.GradientTransformation | None:
+  """The optimizer of the tag warm-up: backbone and tag head; None without."""
+  if not config.warm_up.steps:
+    return None
+  return make_optimizer(
+    params,
+    name="adamw",
+    schedule=optax.cosine_decay_schedule(
+      config.warm_up.learning_rate, config.warm_up.steps
+    ),
+    weight_decay=config.warm_up.weight_decay,
+    trained=("extractor/backbone", "tag_head"),
+  )
+
+
+def main_optimizer(
+  config: ml_collections.ConfigDict, params: Any
+) -> optax.GradientTransformation:
+  """The optimizer of mining and branches: all that is not frozen."""
+  c = config.train
+  backbone = "extractor/backbone/"
+  freeze = config.backbone.freeze
+  if freeze == "all":
+    frozen = (backbone,)
+  elif freeze == "none":
+    frozen = ()
+  else:
+    stages = _stages(config.backbone.name)
+    last = list(stages).index(freeze)
+    frozen = tuple(backbone + s for s in list(stages.values())[: last + 1])
+  if config.backbone.norm == "frozen":
+    frozen += (backbone + ".*norm/",)
+  return make_optimizer(
+    params,
+    name=c.optimizer,
+    schedule=step_decay(c.learning_rate, boundaries=tuple(c.boundaries)),
+    momentum=c.momentum,
+    weight_decay=c.weight_decay,
+    bias_lr_factor=c.bias_lr_factor,
+    trained=("extractor", "neck", "heads", "instance", "semantic"),
+    frozen=frozen,
+  )
+
+
+def mining_settings(
+  config: ml_collections.ConfigDict, *, num_things: int, num_slots: int
+) -> MiningSettings:
+  """`config.mining` as plain settings."""
+  return MiningSettings(
+    num_things=num_things,
+    num_slots=num_slots,
+    segments_per_thing=config.mining.segments_per_thing,
+    segments_per_stuff=config.mining.segments_per_stuff,
+    score_ratio=config.mining.score_ratio,
+    foreground_iou=config.mining.foreground_iou,
+    background_iou=tuple(config.mining.background_iou),
+  )
+
+
+def loss_settings(config: ml_collections.ConfigDict) -> LossSettings:
+  """`config.losses` as plain settings."""
+  return LossSettings(**config.losses)
+
+
+def _stages(name: str) -> dict[str, str]:
+  if name not in STAGES:
+    raise InputError(
+      f"config.backbone.name is {name!r}; wanted one of {', '.join(STAGES)}"
+    )
+  return STAGES[name]

@@ -1,0 +1,120 @@
+"""Constants of the model that are computed from training images, not learned.
+
+The projection (PCA) of a frozen backbone's features and the mean and spread of
+the pooled proposals. They are set once, when mining begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jtsm_jax.models.features import fit_projection
+from jtsm_jax.models.jtsm import JTSM
+from jtsm_jax.train.state import TrainState
+from jtsm_jax.types import Batch
+
+CELLS_PER_IMAGE = 64
+
+
+def calibrate(
+  model: JTSM, state: TrainState, batches: Sequence[Batch], *, seed: int
+) -> TrainState:
+  """Sets the "constants" of the model; does nothing to a model without any.
+
+  Args:
+    model: the model.
+    state: its variables are read; the result differs in "constants" only.
+    batches: training batches with images.
+    seed: of the choice of cells.
+  """
+  if model.extractor.projection:
+    state = _fit_projection(model, state, batches, seed)
+  if model.proposal_features.center:
+    state = _fit_center(model, state, batches)
+  return state
+
+
+def _fit_projection(model, state, batches, seed):
+  stages = jax.jit(
+    lambda variables, images: model.apply(
+      variables, images, train=False, method="stages"
+    )
+  )
+  random = np.random.default_rng(seed)
+  cells = []
+  for batch in batches:
+    maps = np.asarray(stages(state.variables, batch.images))
+    limits = -(-np.asarray(batch.size) // model.extractor.stride)
+    for features, (rows, columns), index in zip(
+      maps, limits, np.asarray(batch.image_index), strict=True
+    ):
+      if index < 0:
+        continue
+      inside = features[:rows, :columns].reshape(-1, features.shape[-1])
+      chosen = random.choice(
+        len(inside), min(CELLS_PER_IMAGE, len(inside)), replace=False
+      )
+      cells.append(inside[chosen])
+  channels = jax.eval_shape(
+    lambda variables, images: model.apply(
+      variables, images, method=_stage_channels
+    ),
+    state.variables,
+    batches[0].images,
+  )
+  mean, matrix = fit_projection(
+    np.concatenate(cells),
+    tuple(c.shape[-1] for c in channels),
+    model.extractor.projection,
+  )
+  return _with_constants(
+    state, ("extractor", "project"), {"mean": mean, "matrix": matrix}
+  )
+
+
+def _stage_channels(model: JTSM, images: jax.Array) -> list[jax.Array]:
+  extractor = model.extractor
+  stages = extractor.backbone(extractor.normalise(images), train=False)
+  return [stages[name] for name in extractor.outputs]
+
+
+def _fit_center(model, state, batches):
+  @jax.jit
+  def moments(variables, batch):
+    features = model.apply(variables, batch, train=False, method="features")
+    parts = model.apply(variables, features, batch, method="pool")
+    weight = batch.valid[..., None]
+    return weight.sum(), [
+      ((part * weight).sum((0, 1)), (part**2 * weight).sum((0, 1)))
+      for part in parts
+    ]
+
+  count, sums = 0.0, None
+  for batch in batches:
+    n, parts = jax.device_get(moments(state.variables, batch))
+    parts = [np.asarray(p, np.float64) for p in parts]
+    count += n
+    sums = (
+      parts
+      if sums is None
+      else [a + b for a, b in zip(sums, parts, strict=False)]
+    )
+  constants = {}
+  for i, (first, second) in enumerate(sums):
+    mean = first / count
+    variance = np.maximum(second / count - mean**2, 0)
+    constants[f"mean_{i}"] = mean.astype(np.float32)
+    constants[f"scale_{i}"] = np.float32(max(np.sqrt(variance.mean()), 1e-6))
+  return _with_constants(state, ("proposal_features",), constants)
+
+
+def _with_constants(state, path, values):
+  constants = jax.tree.map(lambda x: x, state.model_state["constants"])
+  node = constants
+  for name in path:
+    node = node[name]
+  node.update(jax.tree.map(jax.numpy.asarray, values))
+  return state.replace(model_state=state.model_state | {"constants": constants})

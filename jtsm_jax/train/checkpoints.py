@@ -1,0 +1,152 @@
+"""Orbax checkpoints of a run: state, data position, segments in flight."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint import checkpoint_managers as policies
+
+from jtsm_jax.train.state import TrainState
+from jtsm_jax.types import InputError
+
+
+def open_checkpoints(
+  directory: pathlib.Path, *, keep_last: int = 2
+) -> ocp.CheckpointManager:
+  """The checkpoints of a run: the last ones and the one with the best PQ."""
+  return ocp.CheckpointManager(
+    directory.absolute(),
+    options=ocp.CheckpointManagerOptions(
+      preservation_policy=policies.AnyPreservationPolicy(
+        [
+          policies.LatestN(keep_last),
+          policies.BestN(
+            get_metric_fn=lambda metrics: metrics["pq"],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+          ),
+        ]
+      ),
+      cleanup_tmp_directories=True,
+    ),
+  )
+
+
+def save(
+  manager: ocp.CheckpointManager,
+  state: TrainState,
+  in_flight: list[Any],
+  iterator: Any,
+  *,
+  metrics: dict[str, float] | None = None,
+) -> None:
+  """Saves in the background; the write is atomic.
+
+  Args:
+    manager: from `open_checkpoints`.
+    state: after `state.step` updates.
+    in_flight: mined segments whose masks have not been learnt from yet.
+    iterator: the grain iterator of the training batches.
+    metrics: {"pq": ...} when this state was evaluated.
+  """
+  manager.save(
+    int(state.step),
+    args=ocp.args.Composite(
+      state=ocp.args.StandardSave(state),
+      in_flight=ocp.args.StandardSave(_in_flight_tree(in_flight)),
+      data=grain.checkpoint.CheckpointSave(iterator),
+    ),
+    metrics=metrics,
+    force=True,
+  )
+
+
+def restore_latest(
+  manager: ocp.CheckpointManager,
+  template_at: Callable[[int], tuple[TrainState, list[Any], Any]],
+) -> tuple[TrainState, list[Any], Any] | None:
+  """Restores the newest checkpoint that can be read.
+
+  A damaged one is named in a warning and the one before it is taken.
+
+  Args:
+    manager: from `open_checkpoints`.
+    template_at: from a step to what its checkpoint holds: the shapes of the
+      state, those of the segments in flight, and an iterator, whose position
+      is then set.
+
+  Returns:
+    (state, in_flight, iterator), or None when there is no checkpoint.
+
+  Raises:
+    InputError: there are checkpoints and none of them can be read.
+  """
+  steps = sorted(manager.all_steps(), reverse=True)
+  for step in steps:
+    state, in_flight, iterator = template_at(step)
+    args = ocp.args.Composite(
+      state=ocp.args.StandardRestore(state),
+      in_flight=ocp.args.StandardRestore(_in_flight_tree(in_flight)),
+      data=grain.checkpoint.CheckpointRestore(iterator),
+    )
+    try:
+      restored = manager.restore(step, args=args)
+    except Exception as error:  # Orbax raises many kinds for damaged files.
+      _warn_damaged(manager, step, error)
+      continue
+    return restored["state"], restored["in_flight"]["mined"], restored["data"]
+  if steps:
+    raise InputError(
+      f"{manager.directory}: none of the checkpoints {steps[::-1]} can be read;"
+      " delete the folder to start again, or give another --workdir"
+    )
+  return None
+
+
+def restore_variables(directory: pathlib.Path) -> tuple[int, dict[str, Any]]:
+  """The newest readable weights, for evaluation and prediction.
+
+  Args:
+    directory: the checkpoints of a run.
+
+  Returns:
+    The step and what `model.apply` takes.
+
+  Raises:
+    InputError: there is no checkpoint, or none can be read.
+  """
+  remedy = "train first (--mode=train), or check --workdir"
+  if not directory.is_dir():
+    raise InputError(f"{directory}: there are no checkpoints; {remedy}")
+  with open_checkpoints(directory) as manager:
+    for step in sorted(manager.all_steps(), reverse=True):
+      try:
+        state = manager.restore(
+          step, args=ocp.args.Composite(state=ocp.args.StandardRestore())
+        )["state"]
+      except Exception as error:  # Orbax raises many kinds for damaged files.
+        _warn_damaged(manager, step, error)
+        continue
+      return step, {"params": state["params"], **state["model_state"]}
+  raise InputError(f"{directory}: no checkpoint can be read; {remedy}")
+
+
+def _warn_damaged(manager, step, error) -> None:
+  logging.warning(
+    "checkpoint %d in %s is damaged (%s: %s); taking the one before",
+    step,
+    manager.directory,
+    type(error).__name__,
+    str(error).strip().split("\n")[0][:200],
+  )
+
+
+def _in_flight_tree(mined: list[Any]) -> dict[str, Any]:
+  # The count is there because Orbax cannot store an empty tree.
+  return {"count": np.int32(len(mined)), "mined": mined}

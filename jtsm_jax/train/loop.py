@@ -1,0 +1,374 @@
+"""The training run, from the first step to the last, as one straight line."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import logging
+
+from jtsm_jax.data.pipeline import make_pipeline
+from jtsm_jax.data.prepared import PreparedData, RecordSource
+from jtsm_jax.mining.labels import slots_needed
+from jtsm_jax.mining.masks import MaskReestimator
+from jtsm_jax.models.jtsm import JTSM
+from jtsm_jax.models.pretrained import weights_hash
+from jtsm_jax.proposals.store import ProposalStore
+from jtsm_jax.reporting.console import progress
+from jtsm_jax.train import build, checkpoints, reestimation
+from jtsm_jax.train import step as step_parts
+from jtsm_jax.train.calibrate import calibrate
+from jtsm_jax.train.feature_cache import FeatureCache, cache_bytes
+from jtsm_jax.train.metrics import MetricWriter
+from jtsm_jax.train.sharding import make_mesh, put_batch, replicated
+from jtsm_jax.train.state import TrainState, create_state
+from jtsm_jax.types import Batch, Mined
+
+Evaluate = Callable[[TrainState], dict[str, float]]
+
+
+def train(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  *,
+  data: PreparedData,
+  store: ProposalStore,
+  evaluate: Evaluate | None = None,
+) -> TrainState:
+  """Trains, or goes on training, in `workdir`.
+
+  Reads images, tags and proposals; no mask and no box.
+
+  Args:
+    config: see configs/base.py.
+    workdir: checkpoints, metrics and caches are kept here.
+    data: the split "train" is read.
+    store: proposals of its images.
+    evaluate: called every `config.train.evaluate_every` steps; returns metrics,
+      of which "pq" decides the best checkpoint.
+
+  Returns:
+    The state after the last step.
+  """
+  source = data.splits["train"]
+  categories = data.categories
+  warm_up_steps = config.warm_up.steps
+  last_step = warm_up_steps + config.train.steps
+  key = jax.random.key(config.seed)
+
+  # The model and its settings.
+  model = build.build_model(config, categories)
+  losses = build.loss_settings(config)
+  num_slots = slots_needed(
+    source.tags,
+    num_things=categories.num_things,
+    segments_per_thing=config.mining.segments_per_thing,
+    segments_per_stuff=config.mining.segments_per_stuff,
+  )
+  mining = build.mining_settings(
+    config, num_things=categories.num_things, num_slots=num_slots
+  )
+
+  # Input: the batches are a pure function of the step, in each phase.
+  def pipeline(step: int, *, start: int = 0):
+    warming_up = step < warm_up_steps
+    return make_pipeline(
+      source,
+      store,
+      seed=config.seed,
+      canvases=tuple(tuple(c) for c in config.data.canvases),
+      batch_size=(config.warm_up if warming_up else config.train).batch_size,
+      max_proposals=config.proposals.max_proposals,
+      max_superpixels=config.proposals.num_superpixels,
+      start_step=start,
+      num_steps=warm_up_steps if warming_up else config.train.steps,
+      flip=config.data.flip,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      num_threads=config.train.loader_threads,
+    )
+
+  # State: a new one, or the newest checkpoint of the workdir.
+  mesh = make_mesh()
+  example = jax.tree.map(lambda x: x[:1], next(pipeline(last_step))[1])
+  pretrained = build.load_pretrained(config, workdir / "weights")
+  abstract_params = jax.eval_shape(model.init, key, example)["params"]
+  warm_up_optimizer = build.warm_up_optimizer(config, abstract_params)
+  optimizer = build.main_optimizer(config, abstract_params)
+
+  def new_state(step: int) -> TrainState:
+    return create_state(
+      key,
+      model,
+      example,
+      warm_up_optimizer if step < warm_up_steps else optimizer,
+      pretrained=pretrained,
+    )
+
+  def begin_mining(state: TrainState) -> TrainState:
+    batches = pipeline(last_step)
+    count = -(-config.train.calibration_images // config.train.batch_size)
+    batches = [next(batches)[1] for _ in range(min(count, config.train.steps))]
+    state = calibrate(model, state, batches, seed=config.seed)
+    return state.replace(opt_state=optimizer.init(state.params))
+
+  has_branches = model.instance is not None or model.semantic is not None
+  branch_start = warm_up_steps + config.reestimation.start
+  lag = config.reestimation.lag
+
+  def checkpoint_template(step: int):
+    flying = min(max(step - branch_start, 0), lag) if has_branches else 0
+
+    def place(tree):
+      return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+          x.shape, x.dtype, sharding=replicated(mesh)
+        ),
+        tree,
+      )
+
+    state = jax.eval_shape(lambda: new_state(step))
+    mined = mined_zeros(config.train.batch_size, num_slots, example)
+    return place(state), [place(mined)] * flying, pipeline(step)
+
+  manager = checkpoints.open_checkpoints(workdir / "checkpoints")
+  restored = checkpoints.restore_latest(manager, checkpoint_template)
+  if restored is None:
+    state, waiting, batches = new_state(0), [], pipeline(0)
+    if not warm_up_steps:
+      state = begin_mining(state)
+    state = jax.device_put(state, replicated(mesh))
+  else:
+    state, waiting, batches = restored
+    logging.info("going on from step %d in %s", int(state.step), workdir)
+  first_step = int(state.step)
+
+  # The jitted parts of a step, and what serves them on the host.
+  tag_step = step_parts.make_tag_step(key, model, warm_up_optimizer)
+  mining_gradients = step_parts.make_mining_gradients(
+    key, model, mining=mining, losses=losses
+  )
+  branch_gradients = step_parts.make_branch_gradients(
+    key, model, num_things=categories.num_things, losses=losses
+  )
+  apply_gradients = step_parts.make_apply_gradients(optimizer)
+  extract = jax.jit(
+    lambda variables, images: model.apply(variables, images, method="extract")
+  )
+  cacheable = can_cache(config, model, example, num_images=len(source))
+  cache = None
+  reestimator = MaskReestimator(
+    init=config.reestimation.init,
+    iterations=config.reestimation.iterations,
+    longest_side=config.reestimation.longest_side,
+    workers=config.reestimation.threads or os.cpu_count(),
+    cache_dir=workdir / "masks",
+  )
+  submit = functools.partial(
+    reestimation.submit, reestimator, source=source, store=store
+  )
+  in_flight = collections.deque()
+  for i, mined in enumerate(waiting):
+    mined_at = first_step - len(waiting) + i
+    _, batch = next(pipeline(mined_at, start=mined_at - warm_up_steps))
+    in_flight.append((batch, mined, submit(batch, mined)))
+
+  # The steps.
+  writer = MetricWriter(workdir, active=jax.process_index() == 0)
+  writer.truncate_after(first_step)
+  meter = Meter()
+  bar = progress(
+    description="train", total=last_step, initial=first_step, unit="step"
+  )
+  for step in range(first_step, last_step):
+    _, batch = next(batches)
+    meter.count(len(batch.image_index) * jax.process_count())
+    if step < warm_up_steps:
+      state, metrics = tag_step(state, put_batch(batch, mesh))
+      if step + 1 == warm_up_steps:
+        state, batches = begin_mining(state), pipeline(last_step)
+    else:
+      if cacheable and cache is None:
+        cache = FeatureCache(
+          workdir / "features" / weights_hash(extractor_variables(state)),
+          num_images=len(source),
+        )
+      if cache is not None:
+        features = functools.partial(extract, state.variables)
+        batch = cache.attach(batch, features)
+      device_batch = put_batch(batch, mesh)
+      grads, mined, metrics = mining_gradients(state, device_batch)
+      grads = [grads]
+      if has_branches and step >= branch_start:
+        mined = jax.device_get(mined)
+        in_flight.append((batch, mined, submit(batch, mined)))
+        if len(in_flight) > lag:
+          batch, mined, futures = in_flight.popleft()
+          pseudo = reestimation.collect(
+            futures, batch, mask_stride=losses.mask_stride
+          )
+          branch_grads, branch_metrics = branch_gradients(
+            state, *put_batch((batch, mined, pseudo), mesh)
+          )
+          grads.append(branch_grads)
+          metrics |= branch_metrics
+      state = apply_gradients(state, *grads)
+    meter.add(metrics)
+    bar.update()
+
+    done = step + 1
+    if done % config.train.log_every == 0 or done == last_step:
+      values = meter.read()
+      check_finite(values, step=done, batch=batch, source=source)
+      if has_branches:
+        values["reestimation/hits"] = reestimator.hits
+        values["reestimation/misses"] = reestimator.misses
+      writer.write(done, values)
+      bar.set_postfix_str(summary(values))
+    evaluated = None
+    if evaluate is not None and (
+      done % config.train.evaluate_every == 0 and done < last_step
+    ):
+      evaluated = evaluate(state)
+      writer.write(done, {f"val/{k}": v for k, v in evaluated.items()})
+    if (
+      done % config.train.checkpoint_every == 0
+      or evaluated is not None
+      or done == last_step
+    ):
+      checkpoints.save(
+        manager,
+        state,
+        [mined for _, mined, _ in in_flight],
+        batches,
+        metrics=evaluated,
+      )
+  bar.close()
+  reestimator.close()
+  writer.close()
+  manager.close()
+  return state
+
+
+class Meter:
+  """Means of the metrics since they were last read, and images per second."""
+
+  def __init__(self):
+    self._reset()
+
+  def _reset(self):
+    self._start = time.monotonic()
+    self._images = 0
+    self._sums = {}
+
+  def count(self, images: int) -> None:
+    """Notes that `images` more were trained on."""
+    self._images += images
+
+  def add(self, metrics: dict[str, jax.Array]) -> None:
+    """Adds the metrics of a step, which stay on the device."""
+    for name, value in metrics.items():
+      total, number = self._sums.get(name, (0.0, 0))
+      self._sums[name] = (total + value, number + 1)
+
+  def read(self) -> dict[str, float]:
+    """The means, with the total loss and the speed; starts afresh."""
+    values = {k: float(v) / n for k, (v, n) in self._sums.items()}
+    values["loss/total"] = sum(
+      v for k, v in values.items() if k.startswith("loss/")
+    )
+    seconds = time.monotonic() - self._start
+    values["speed/images_per_second"] = self._images / max(seconds, 1e-9)
+    self._reset()
+    return values
+
+
+def summary(values: dict[str, float]) -> str:
+  """The loss terms and the speed, for the progress line."""
+  terms = {
+    k.removeprefix("loss/"): v for k, v in values.items() if "loss/" in k
+  }
+  line = " ".join(f"{name} {value:.3f}" for name, value in terms.items())
+  return f"{line} | {values['speed/images_per_second']:.1f} images/s"
+
+
+def check_finite(
+  values: dict[str, float], *, step: int, batch: Batch, source: RecordSource
+) -> None:
+  """Stops a run whose loss is not a number any more.
+
+  Raises:
+    FloatingPointError: names the step, the values and the last images.
+  """
+  if not np.isfinite(values["loss/total"]):
+    ids = [source.image_ids[i] for i in batch.image_index if i >= 0]
+    raise FloatingPointError(
+      f"the loss is not finite at step {step}: {values}; the last images were "
+      f"{ids}. The checkpoint before it is kept; try a lower "
+      "--config.train.learning_rate"
+    )
+
+
+def can_cache(
+  config: ml_collections.ConfigDict,
+  model: JTSM,
+  example: Batch,
+  *,
+  num_images: int,
+) -> bool:
+  """Whether the backbone's features never change, and fit on disk."""
+  frozen = config.backbone.freeze == "all"
+  if not (config.backbone.cache and frozen and jax.process_count() == 1):
+    return False
+  features = jax.eval_shape(
+    lambda: model.init_with_output(
+      jax.random.key(0), example.images, method="extract"
+    )
+  )[0]
+  size = cache_bytes(
+    num_images,
+    tuple(tuple(c) for c in config.data.canvases),
+    model.extractor.stride,
+    features.shape[-1],
+  )
+  fits = size < config.backbone.cache_gib * 2**30
+  if not fits:
+    logging.warning(
+      "the features of the frozen backbone would take %.1f GiB on disk, above "
+      "config.backbone.cache_gib = %.1f: they are computed in every step",
+      size / 2**30,
+      config.backbone.cache_gib,
+    )
+  return fits
+
+
+def extractor_variables(state: TrainState) -> dict[str, Any]:
+  """What the features depend on: weights, statistics and projection."""
+  return {
+    name: tree["extractor"]
+    for name, tree in state.variables.items()
+    if "extractor" in tree
+  }
+
+
+def mined_zeros(batch_size: int, num_slots: int, example: Batch) -> Mined:
+  """A `Mined` of the shapes of a run."""
+  slots = (batch_size, num_slots)
+  proposals = (batch_size, example.valid.shape[1])
+  return Mined(
+    proposal=np.zeros(slots, np.int32),
+    category=np.zeros(slots, np.int32),
+    score=np.zeros(slots, np.float32),
+    valid=np.zeros(slots, bool),
+    label=np.zeros(proposals, np.int32),
+    weight=np.zeros(proposals, np.float32),
+    slot=np.zeros(proposals, np.int32),
+  )

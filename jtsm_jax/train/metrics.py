@@ -1,0 +1,154 @@
+"""Metrics of a run: JSON lines, which are the record, and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorboardX
+
+from jtsm_jax.types import InputError
+
+
+class MetricWriter:
+  """Writes metrics.jsonl and TensorBoard events into a directory.
+
+  Each `write` is one line, {"step": int, "time": seconds since 1970, name:
+  value, ...}, on disk before the call returns. A value that is not finite
+  becomes null, since JSON has no NaN. One process of a run writes: the others
+  pass `active=False`, and all their calls do nothing.
+  """
+
+  def __init__(self, directory: str | os.PathLike[str], *, active: bool = True):
+    """Opens, or goes on with, the files of `directory`, which is made.
+
+    Raises:
+      InputError: `directory` cannot be made or written.
+    """
+    self._active = active
+    self._events = None
+    self._purge_step = None
+    if not active:
+      return
+    self._directory = pathlib.Path(directory)
+    self._path = self._directory / "metrics.jsonl"
+    try:
+      self._directory.mkdir(parents=True, exist_ok=True)
+      self._file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+      raise InputError(
+        f"cannot write metrics into {directory}: {error.strerror}. Give a"
+        " --workdir that this user may write"
+      ) from error
+    _drop_torn_line(self._path)
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Appends one line and the same scalars to TensorBoard.
+
+    Args:
+      step: of the training; several lines may have the same.
+      values: name -> number, or array of one element; "/" groups names. "step"
+        and "time" are taken.
+
+    Raises:
+      ValueError: a name is taken, or a value is no single number.
+    """
+    if not self._active:
+      return
+    taken = {"step", "time"} & values.keys()
+    if taken:
+      raise ValueError(f"metrics cannot be called {sorted(taken)}: rename them")
+    numbers = {name: _number(name, value) for name, value in values.items()}
+    line = {"step": int(step), "time": round(time.time(), 3)} | {
+      name: number if math.isfinite(number) else None
+      for name, number in numbers.items()
+    }
+    self._file.write(json.dumps(line, allow_nan=False) + "\n")
+    self._file.flush()
+    for name, number in numbers.items():
+      self._tensorboard().add_scalar(name, number, int(step))
+
+  def image(self, step: int, tag: str, rgb: np.ndarray) -> None:
+    """Shows `rgb`, uint8 [H, W, 3], in TensorBoard."""
+    if self._active:
+      self._tensorboard().add_image(tag, rgb, int(step), dataformats="HWC")
+
+  def text(self, step: int, tag: str, text: str) -> None:
+    """Shows `text`, Markdown, in TensorBoard."""
+    if self._active:
+      self._tensorboard().add_text(tag, text, int(step))
+
+  def truncate_after(self, step: int) -> None:
+    """Drops what was written for steps later than `step`.
+
+    Call it after a restore, before the first `write`: the steps since that
+    checkpoint will be run, and written, again.
+
+    Raises:
+      InputError: metrics.jsonl has a line that this class did not write.
+    """
+    if not self._active:
+      return
+    self._file.close()
+    kept = []
+    lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+      try:
+        line_step = json.loads(line)["step"]
+        later = line_step > step
+      except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+          f"{self._path} line {number} is no metrics line: {line[:80]!r}."
+          ' Wanted {"step": ..., ...}. Mend or remove the line'
+        ) from error
+      if not later:
+        kept.append(line)
+    if len(kept) < len(lines):
+      draft = self._path.with_suffix(".tmp")
+      draft.write_text("".join(kept), encoding="utf-8")
+      os.replace(draft, self._path)
+    self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+    # A new event file that starts so hides the later steps of the older ones.
+    if self._events is not None:
+      self._events.close()
+      self._events = None
+    self._purge_step = step + 1
+
+  def close(self) -> None:
+    """Writes out what TensorBoard still holds and closes the files."""
+    if not self._active:
+      return
+    self._file.close()
+    if self._events is not None:
+      self._events.close()
+
+  def _tensorboard(self) -> tensorboardX.SummaryWriter:
+    # Opened late, so that an event file can start with the purge.
+    if self._events is None:
+      self._events = tensorboardX.SummaryWriter(
+        str(self._directory), purge_step=self._purge_step, flush_secs=30
+      )
+    return self._events
+
+
+def _number(name: str, value: Any) -> float:
+  if np.size(value) != 1:
+    raise ValueError(
+      f"metric {name!r} has the shape {np.shape(value)}, wanted one number:"
+      " reduce it first"
+    )
+  return float(np.asarray(value).reshape(()))
+
+
+def _drop_torn_line(path: pathlib.Path) -> None:
+  """Cuts an end without newline: the line that a killed run was writing."""
+  content = path.read_bytes()
+  whole = content.rfind(b"\n") + 1
+  if whole < len(content):
+    os.truncate(path, whole)

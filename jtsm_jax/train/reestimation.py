@@ -1,0 +1,94 @@
+"""Mined segments of a batch to pseudo masks on its canvas, by host threads."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import numpy as np
+
+from jtsm_jax.data.prepared import RecordSource
+from jtsm_jax.data.transforms import decode_image
+from jtsm_jax.mining.masks import MaskReestimator
+from jtsm_jax.proposals.store import ProposalStore
+from jtsm_jax.types import Batch, Mined, PseudoMasks
+
+Futures = list[list[Future | None]]
+
+
+def submit(
+  reestimator: MaskReestimator,
+  batch: Batch,
+  mined: Mined,
+  *,
+  source: RecordSource,
+  store: ProposalStore,
+) -> Futures:
+  """Asks for the masks of all mined segments of a host batch."""
+  return [
+    [
+      _submit_one(reestimator, source, store, int(index), int(proposal))
+      if ok and index >= 0
+      else None
+      for proposal, ok in zip(proposals, valid, strict=True)
+    ]
+    for index, proposals, valid in zip(
+      batch.image_index, mined.proposal, mined.valid, strict=True
+    )
+  ]
+
+
+def _submit_one(reestimator, source, store, index, proposal):
+  image_id = source.image_ids[index]
+
+  def load():
+    image = decode_image(source[index].image, name=image_id)
+    if image_id not in store:  # The pipeline made one proposal of the image.
+      return image, np.ones(image.shape[:2], bool)
+    proposals = store.get(image_id)
+    return image, proposals.membership[proposal][proposals.superpixels]
+
+  return reestimator.submit(image_id, proposal, load)
+
+
+def collect(futures: Futures, batch: Batch, *, mask_stride: int) -> PseudoMasks:
+  """Waits for the masks and lays them on the batch's canvas.
+
+  Args:
+    futures: from `submit`.
+    batch: the same batch; its superpixels give the canvas.
+    mask_stride: canvas pixels per cell of the result.
+
+  Returns:
+    Masks sampled at the middle of each cell, [B, M, H / stride, W / stride].
+  """
+  shape = tuple(side // mask_stride for side in batch.superpixels.shape[1:])
+  masks = np.zeros((len(futures), len(futures[0]), *shape), bool)
+  valid = np.zeros(masks.shape[:2], bool)
+  for i, slots in enumerate(futures):
+    for m, future in enumerate(slots):
+      if future is not None:
+        masks[i, m] = _on_canvas(
+          future.result(), batch.size[i], batch.flip[i], shape, mask_stride
+        )
+        valid[i, m] = True
+  return PseudoMasks(masks, valid)
+
+
+def _on_canvas(mask, size, flip, shape, stride):
+  canvas = np.zeros(shape, bool)
+  rows, columns = (
+    (np.arange(cells) * stride + stride // 2)[: -(-int(side) // stride)]
+    for cells, side in zip(shape, size, strict=True)
+  )
+  source_rows = np.minimum(
+    rows * mask.shape[0] // int(size[0]), mask.shape[0] - 1
+  )
+  source_columns = np.minimum(
+    columns * mask.shape[1] // int(size[1]), mask.shape[1] - 1
+  )
+  if flip:
+    mask = mask[:, ::-1]
+  canvas[: len(rows), : len(columns)] = mask[
+    np.ix_(source_rows, source_columns)
+  ]
+  return canvas

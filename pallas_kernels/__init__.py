@@ -1,0 +1,25 @@
+"""Pooling of boxes and arbitrarily shaped segments, for JAX.
+
+Depends on jax and the standard library only. Every function works on one image
+(no batch axis), can be jitted and vmapped, and takes its options by keyword.
+
+Axes: P proposals, S superpixels, C channels, H x W pixels, Hf x Wf cells of the
+feature grid, with stride = H / Hf = W / Wf pixels per cell. Boxes are
+(y0, x0, y1, x1). In pixels they are half-open floats; on the feature grid they
+are integers with an INCLUSIVE end, as in RoIPool (see `grid_boxes`).
+"""
+
+from pallas_kernels.grid import available_bins, grid_boxes, superpixel_masks
+from pallas_kernels.moi_pool import masked_average, moi_pool
+from pallas_kernels.roi_align import roi_align
+from pallas_kernels.roi_pool import roi_pool
+
+__all__ = [
+  "available_bins",
+  "grid_boxes",
+  "masked_average",
+  "moi_pool",
+  "roi_align",
+  "roi_pool",
+  "superpixel_masks",
+]

@@ -1,0 +1,173 @@
+"""Boxes, masks and bins on the feature grid."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def grid_boxes(boxes: jax.Array, *, stride: float) -> jax.Array:
+  """Rounds boxes to the cells of the feature grid, as RoIPool does.
+
+  Each coordinate is divided by the stride and rounded half away from zero; the
+  rounded end is a cell of the box. These are the numbers that
+  `torchvision.ops.roi_pool(spatial_scale=1 / stride)` gets from the same input.
+  The result is not clipped to the grid: pooling does that per bin.
+
+  Args:
+    boxes: [P, 4] float (y0, x0, y1, x1), half-open, canvas pixels.
+    stride: pixels per cell.
+
+  Returns:
+    [P, 4] int32 (y0, x0, y1, x1), inclusive, cells. (PAPER Eq. 5.)
+  """
+  cells = jnp.asarray(boxes, jnp.float32) / stride
+  # Not floor(cells + 0.5): that sum rounds 0.49999997 up to 1.
+  whole = jnp.trunc(cells)
+  up = jnp.abs(cells - whole) >= 0.5
+  return (whole + jnp.where(up, jnp.sign(cells), 0)).astype(jnp.int32)
+
+
+def superpixel_masks(
+  superpixels: jax.Array,
+  membership: jax.Array,
+  boxes: jax.Array | None,
+  *,
+  stride: int,
+  availability: str = "any",
+) -> jax.Array:
+  """The available cells of each proposal, Eq. 6, without a [P, H, W] mask.
+
+  A cell is a block of stride x stride pixels. How many of its pixels a proposal
+  holds is the sum, over its superpixels, of how many the superpixel holds.
+
+  Args:
+    superpixels: [H, W] int32 ids 0 .. S-1; others, such as -1, are padding.
+    membership: [P, S] bool, the superpixels of each proposal.
+    boxes: [P, 4] int32 inclusive grid boxes outside which no cell is available,
+      or None.
+    stride: pixels per cell; divides H and W.
+    availability: "any": a cell with a pixel of the proposal (Eq. 6).
+      "coverage": a cell that the proposal covers by half or more, and the
+      first of the cells that it covers most, so that thin segments stay.
+
+  Returns:
+    [P, H // stride, W // stride] bool.
+
+  Raises:
+    ValueError: H or W is no multiple of the stride, or unknown availability.
+  """
+  height, width = superpixels.shape
+  num_proposals, num_superpixels = membership.shape
+  if height % stride or width % stride:
+    raise ValueError(
+      f"superpixels: {height} x {width} pixels is no multiple of the stride"
+      f" {stride}; pad the map with -1"
+    )
+  if availability not in ("any", "coverage"):
+    raise ValueError(
+      f"availability: found {availability!r}, wanted 'any' or 'coverage'"
+    )
+  grid = height // stride, width // stride
+  num_cells = grid[0] * grid[1]
+
+  cell_rows = jnp.arange(height) // stride * grid[1]
+  cells = cell_rows[:, None] + jnp.arange(width) // stride
+  inside = (superpixels >= 0) & (superpixels < num_superpixels)
+  index = jnp.where(
+    inside, superpixels * num_cells + cells, num_superpixels * num_cells
+  )
+  pixels = jnp.zeros(num_superpixels * num_cells, jnp.float32)
+  pixels = pixels.at[index.reshape(-1)].add(1, mode="drop")
+  counts = jnp.matmul(
+    membership.astype(jnp.float32),
+    pixels.reshape(num_superpixels, num_cells),
+    # Up to 256 is exact in the accelerators' fast matmul (bfloat16 inputs).
+    precision=lax.Precision.HIGHEST if stride > 16 else None,
+  )
+  if boxes is not None:
+    inside = cells_in_boxes(boxes, grid_size=grid)
+    counts = jnp.where(inside.reshape(num_proposals, -1), counts, 0)
+
+  available = counts > 0
+  if availability == "coverage":
+    best = jnp.arange(num_cells) == jnp.argmax(counts, axis=1)[:, None]
+    available &= (counts >= 0.5 * stride**2) | best
+  return available.reshape(num_proposals, *grid)
+
+
+def cells_in_boxes(
+  boxes: jax.Array, *, grid_size: tuple[int, int]
+) -> jax.Array:
+  """[P, Hf, Wf] bool: the cells of inclusive grid boxes [P, 4] int32."""
+  y0, x0, y1, x1 = jnp.moveaxis(boxes, -1, 0)[..., None]
+  rows = jnp.arange(grid_size[0])
+  columns = jnp.arange(grid_size[1])
+  rows = (rows >= y0) & (rows <= y1)
+  columns = (columns >= x0) & (columns <= x1)
+  return rows[:, :, None] & columns[:, None, :]
+
+
+def bin_edges(
+  boxes: jax.Array, *, output_size: tuple[int, int], grid_size: tuple[int, int]
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """First and past-the-end row and column of the bins of each box (Eq. 5).
+
+  Bin u of a box of h rows is y0 + [floor(u h / oh), ceil((u + 1) h / oh)),
+  clipped to the grid, in exact integers; a box has at least one cell. RoIPool
+  computes h / oh in float32, which for some h (57, 114, 121, ...) pushes the
+  end of the last bin one cell past the box.
+
+  Args:
+    boxes: [P, 4] int32 inclusive grid boxes.
+    output_size: bins per column and per row, (oh, ow).
+    grid_size: (Hf, Wf).
+
+  Returns:
+    top and bottom [P, oh], left and right [P, ow], int32 in [0, Hf] or [0, Wf].
+  """
+
+  def edges(first, last, bins, cells):
+    first = first[:, None]
+    extent = jnp.maximum(last[:, None] - first + 1, 1)
+    u = jnp.arange(bins)
+    start = first + extent * u // bins
+    end = first + (extent * (u + 1) + bins - 1) // bins
+    return jnp.clip(start, 0, cells), jnp.clip(end, 0, cells)
+
+  y0, x0, y1, x1 = jnp.moveaxis(boxes, -1, 0)
+  return (
+    *edges(y0, y1, output_size[0], grid_size[0]),
+    *edges(x0, x1, output_size[1], grid_size[1]),
+  )
+
+
+def available_bins(
+  masks: jax.Array, boxes: jax.Array, *, output_size: tuple[int, int] = (7, 7)
+) -> jax.Array:
+  """The bins of each proposal that hold an available cell.
+
+  Args:
+    masks: [P, Hf, Wf] bool, the available cells.
+    boxes: [P, 4] int32 inclusive grid boxes.
+    output_size: (oh, ow).
+
+  Returns:
+    [P, oh, ow] bool.
+  """
+  top, bottom, left, right = bin_edges(
+    boxes, output_size=output_size, grid_size=masks.shape[1:]
+  )
+  rows = jnp.arange(masks.shape[1])
+  columns = jnp.arange(masks.shape[2])
+  rows = (rows >= top[..., None]) & (rows < bottom[..., None])
+  columns = (columns >= left[..., None]) & (columns < right[..., None])
+  # Sums of non-negative terms: positive in any precision.
+  cells = jnp.einsum(
+    "puh,phw,pvw->puv",
+    rows.astype(jnp.float32),
+    masks.astype(jnp.float32),
+    columns.astype(jnp.float32),
+  )
+  return cells > 0

@@ -1,0 +1,163 @@
+"""Mask of Interest Pooling: the public functions and their checks."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import grid
+from pallas_kernels.moi_pool import reference, vjp
+
+COMPENSATIONS = ("bins", "official", "features", None)
+IMPLEMENTATIONS = ("reference", "xla", None)
+
+
+def moi_pool(
+  features: jax.Array,
+  masks: jax.Array,
+  boxes: jax.Array,
+  *,
+  output_size: tuple[int, int] = (7, 7),
+  compensation: str | None = "bins",
+  implementation: str | None = None,
+) -> jax.Array:
+  """Shape-invariant MoIPool of segments, PAPER Eq. 5 to 8.
+
+  Each box is divided into oh x ow bins as in RoIPool; a bin takes the maximum
+  of its cells that are available, per channel, or 0 if none is. The gradient
+  goes to the cell of the maximum (the first in row order if several are equal);
+  masks, boxes and psi carry none. The result is multiplied by a compensation
+  psi, so that a segment that fills few bins is not weaker than one that fills
+  all:
+
+  - "bins": oh * ow / max(available bins, 1). A full mask gives RoIPool.
+  - "official": oh * ow / (available bins + 1), as the authors' code.
+  - "features": Eq. 7 to the letter, oh * ow / sum of the pooled features, per
+    proposal and channel. Meant for features >= 0: where the sum is 1e-6 or
+    less, psi is 1.
+  - None: psi is 1.
+
+  Args:
+    features: [Hf, Wf, C] float.
+    masks: [P, Hf, Wf] bool, the available cells (see `superpixel_masks`).
+    boxes: [P, 4] int32 inclusive grid boxes (y0, x0, y1, x1), see `grid_boxes`.
+      They may reach over the border of the grid.
+    output_size: (oh, ow).
+    compensation: see above.
+    implementation: "xla", "reference" (slow), or None for the fastest one.
+
+  Returns:
+    [P, oh, ow, C], dtype of the features.
+
+  Raises:
+    ValueError: an argument has the wrong shape or dtype, or an unknown option.
+  """
+  features, masks, boxes = map(jnp.asarray, (features, masks, boxes))
+  check_pooling(features, boxes, output_size)
+  _check_masks(features, masks)
+  if masks.shape[0] != boxes.shape[0]:
+    raise ValueError(
+      f"masks, boxes: found {masks.shape[0]} masks and {boxes.shape[0]} boxes,"
+      " wanted one of each per proposal"
+    )
+  if compensation not in COMPENSATIONS:
+    raise ValueError(
+      f"compensation: found {compensation!r}, wanted one of {COMPENSATIONS}"
+    )
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"implementation: found {implementation!r}, wanted one of"
+      f" {IMPLEMENTATIONS}"
+    )
+  output_size = tuple(output_size)
+  max_pool = (
+    reference.max_pool if implementation == "reference" else vjp.max_pool
+  )
+  pooled = max_pool(features, masks, boxes, output_size)
+  if compensation is None:
+    return pooled
+
+  num_bins = output_size[0] * output_size[1]
+  if compensation == "features":
+    total = jnp.sum(
+      lax.stop_gradient(pooled),
+      axis=(1, 2),
+      keepdims=True,
+      dtype=jnp.float32,
+    )
+    psi = jnp.where(total > 1e-6, num_bins / jnp.maximum(total, 1e-6), 1.0)
+  else:
+    bins = grid.available_bins(masks, boxes, output_size=output_size)
+    bins = jnp.sum(bins, axis=(1, 2), keepdims=True, dtype=jnp.float32)[
+      ..., None
+    ]
+    bins = bins + 1 if compensation == "official" else jnp.maximum(bins, 1)
+    psi = num_bins / bins
+  return (pooled * psi).astype(features.dtype)
+
+
+def masked_average(features: jax.Array, masks: jax.Array) -> jax.Array:
+  """The mean of the features over the available cells of each proposal.
+
+  Args:
+    features: [Hf, Wf, C] float.
+    masks: [P, Hf, Wf] bool.
+
+  Returns:
+    [P, C] float32; 0 for a proposal without an available cell.
+
+  Raises:
+    ValueError: an argument has the wrong shape or dtype.
+  """
+  features, masks = jnp.asarray(features), jnp.asarray(masks)
+  _check_features(features)
+  _check_masks(features, masks)
+  weights = masks.reshape(masks.shape[0], -1).astype(jnp.float32)
+  total = jnp.matmul(
+    weights,
+    features.reshape(-1, features.shape[-1]).astype(jnp.float32),
+    precision=lax.Precision.HIGHEST,
+  )
+  return total / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1)
+
+
+def check_pooling(
+  features: jax.Array, boxes: jax.Array, output_size: tuple[int, int]
+) -> None:
+  """Raises ValueError unless the arguments suit a max-pooling of boxes."""
+  _check_features(features)
+  if (
+    boxes.ndim != 2
+    or boxes.shape[1] != 4
+    or not jnp.issubdtype(boxes.dtype, jnp.integer)
+  ):
+    raise ValueError(
+      f"boxes: found {boxes.dtype}{list(boxes.shape)}, wanted int32[P, 4]"
+      " on the feature grid; see grid_boxes"
+    )
+  if len(output_size) != 2 or min(output_size) < 1:
+    raise ValueError(
+      f"output_size: found {output_size}, wanted two positive integers"
+    )
+
+
+def _check_features(features):
+  if features.ndim != 3 or not jnp.issubdtype(features.dtype, jnp.floating):
+    raise ValueError(
+      f"features: found {features.dtype}{list(features.shape)}, wanted"
+      " float[Hf, Wf, C] of one image; vmap over images"
+    )
+
+
+def _check_masks(features, masks):
+  if (
+    masks.ndim != 3
+    or masks.shape[1:] != features.shape[:2]
+    or masks.dtype != jnp.bool_
+  ):
+    height, width, _ = features.shape
+    raise ValueError(
+      f"masks: found {masks.dtype}{list(masks.shape)}, wanted"
+      f" bool[P, {height}, {width}] on the grid of the features"
+    )

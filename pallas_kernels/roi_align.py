@@ -1,0 +1,133 @@
+"""RoIAlign: bilinear pooling of boxes, without rounding."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_CHUNK = 8  # proposals per step of the gradient; more of them miss the cache
+
+
+def roi_align(
+  features: jax.Array,
+  boxes: jax.Array,
+  *,
+  stride: float,
+  output_size: tuple[int, int] = (7, 7),
+  sampling_ratio: int = 2,
+) -> jax.Array:
+  """Averages bilinear samples of the features in each bin of each box.
+
+  Pixel y lies at y / stride - 0.5 on the grid, whose cell centres have integer
+  coordinates ("aligned"). Each bin is sampled at sampling_ratio x
+  sampling_ratio regular points. A point up to one cell outside the grid takes
+  the border's value, one farther out gives 0. The features get a gradient, the
+  boxes none. (He et al., Mask R-CNN, ICCV 2017, section 3;
+  `torchvision.ops.roi_align(aligned=True)`.)
+
+  Args:
+    features: [Hf, Wf, C] float.
+    boxes: [P, 4] float (y0, x0, y1, x1), half-open, canvas pixels.
+    stride: pixels per cell.
+    output_size: (oh, ow).
+    sampling_ratio: points per bin and axis.
+
+  Returns:
+    [P, oh, ow, C], dtype of the features.
+
+  Raises:
+    ValueError: an argument has the wrong shape or dtype.
+  """
+  features, boxes = jnp.asarray(features), jnp.asarray(boxes)
+  if features.ndim != 3 or not jnp.issubdtype(features.dtype, jnp.floating):
+    raise ValueError(
+      f"features: found {features.dtype}{list(features.shape)}, wanted"
+      " float[Hf, Wf, C] of one image; vmap over images"
+    )
+  if boxes.ndim != 2 or boxes.shape[1] != 4:
+    raise ValueError(
+      f"boxes: found shape {list(boxes.shape)}, wanted [P, 4] in pixels"
+    )
+  if len(output_size) != 2 or min(output_size) < 1 or sampling_ratio < 1:
+    raise ValueError(
+      f"output_size, sampling_ratio: found {output_size}, {sampling_ratio},"
+      " wanted positive integers"
+    )
+  boxes = boxes.astype(jnp.float32) / stride - 0.5
+  rows = _samples(
+    boxes[:, 0], boxes[:, 2], output_size[0], sampling_ratio, features.shape[0]
+  )
+  columns = _samples(
+    boxes[:, 1], boxes[:, 3], output_size[1], sampling_ratio, features.shape[1]
+  )
+  return _align(features, lax.stop_gradient(rows), lax.stop_gradient(columns))
+
+
+def _samples(start, end, bins, ratio, cells):
+  """Sample points along one axis: cell [2, P, bins, ratio] and its weight.
+
+  The two entries of the first axis are the cells on either side of the point.
+  """
+  step = (end - start) / (bins * ratio)
+  points = start[:, None] + step[:, None] * (jnp.arange(bins * ratio) + 0.5)
+  inside = (points >= -1) & (points <= cells)
+  points = jnp.clip(points, 0, cells - 1)
+  low = jnp.floor(points)
+  high = jnp.minimum(low + 1, cells - 1)
+  weight = jnp.stack([1 - (points - low), points - low]) * inside / ratio
+  cell = jnp.stack([low, high]).astype(jnp.int32)
+  shape = (2, start.shape[0], bins, ratio)
+  return cell.reshape(shape), weight.reshape(shape)
+
+
+@jax.custom_vjp
+def _align(features, rows, columns):
+  """Gathers the samples: on CPU 10 times faster than two matmuls."""
+  height, width, channels = features.shape
+  flat = features.reshape(height * width, channels)
+  (y, weight_y), (x, weight_x) = rows, columns
+  total = 0.0
+  for i in range(2):
+    for j in range(2):
+      for m in range(y.shape[-1]):
+        for n in range(x.shape[-1]):
+          index = y[i, :, :, None, m] * width + x[j, :, None, :, n]
+          weight = weight_y[i, :, :, None, m] * weight_x[j, :, None, :, n]
+          total += weight[..., None] * flat[index]
+  return total.astype(features.dtype)
+
+
+def _forward(features, rows, columns):
+  # No bytes, but the shape of the grid.
+  return _align(features, rows, columns), (rows, columns, features[:, :, :0])
+
+
+def _backward(residuals, gradient):
+  """The transposed interpolation as two small matmuls; no scatter of rows."""
+  rows, columns, grid = residuals
+  height, width, _ = grid.shape
+  rows_matrix = _matrix(*rows, height)
+  columns_matrix = _matrix(*columns, width)
+  chunks = []
+  for x in (rows_matrix, columns_matrix, gradient.astype(jnp.float32)):
+    x = jnp.pad(x, [(0, -x.shape[0] % _CHUNK)] + [(0, 0)] * (x.ndim - 1))
+    chunks.append(x.reshape(-1, _CHUNK, *x.shape[1:]))
+
+  def add(total, chunk):
+    rows, columns, gradient = chunk
+    wide = jnp.einsum("puvc,pvw->puwc", gradient, columns)
+    return total + jnp.einsum("puh,puwc->hwc", rows, wide), None
+
+  total = jnp.zeros((height, width, gradient.shape[-1]), jnp.float32)
+  total, _ = lax.scan(add, total, tuple(chunks))
+  return total.astype(gradient.dtype), None, None
+
+
+def _matrix(cell, weight, cells):
+  """[P, bins, cells] interpolation weights of one axis."""
+  one_hot = cell[..., None] == jnp.arange(cells)
+  return jnp.sum(jnp.where(one_hot, weight[..., None], 0), axis=(0, 3))
+
+
+_align.defvjp(_forward, _backward)

@@ -1,0 +1,301 @@
+"""Tests of the batches: content, padding, determinism and resume."""
+
+import io
+import json
+
+import grain
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jtsm_jax.data import pipeline, prepared, sampling
+from jtsm_jax.types import Categories, InputError, Proposals, Record
+
+CATEGORIES = Categories.from_list(
+  [
+    {"id": i, "name": name, "isthing": i < 2}
+    for i, name in enumerate(["cow", "dog", "sky"])
+  ]
+)
+SIZES = [(6, 8), (8, 6), (6, 8), (5, 5), (8, 6), (6, 8), (6, 8)]
+TAGS = [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
+CANVASES = ((12, 16), (16, 12), (18, 24))
+
+
+def pixels(i):
+  return (
+    np.random.default_rng(i).integers(0, 256, (*SIZES[i], 3)).astype(np.uint8)
+  )
+
+
+def encode(i):
+  data = io.BytesIO()
+  Image.fromarray(pixels(i)).save(data, format="PNG")
+  return data.getvalue()
+
+
+def proposals_of(i, *, count=3):
+  """Left and right halves, then `count` - 1 times the right half alone."""
+  height, width = SIZES[i]
+  superpixels = np.zeros((height, width), np.int32)
+  superpixels[:, width // 2 :] = 1
+  membership = np.array([[True, True]] + [[False, True]] * (count - 1))
+  boxes = np.array(
+    [[0, 0, height, width]] + [[0, width // 2, height, width]] * (count - 1)
+  )
+  return Proposals(
+    superpixels, membership, boxes, -np.arange(count, dtype=np.float32)
+  )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("data") / "set"
+  records = [
+    Record(f"image{i}", encode(i), 0, 0, TAGS[i]) for i in range(len(SIZES))
+  ]
+  prepared.prepare(prepared.Source("s", CATEGORIES, records), directory)
+  return prepared.open_prepared(directory).splits["train"]
+
+
+STORE = {f"image{i}": proposals_of(i) for i in range(len(SIZES))}
+STATIC = dict(batch_size=2, max_proposals=4, max_superpixels=5)
+
+
+def start(source, store=STORE, **options):
+  settings = dict(seed=1, canvases=CANVASES, num_steps=14, **STATIC)
+  return pipeline.make_pipeline(source, store, **(settings | options))
+
+
+def assert_equal(one, two):
+  jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_batches_follow_the_plan(source):
+  steps = list(start(source))
+  assert [step for step, _ in steps] == list(range(14))
+  for step, batch in steps:
+    plan = sampling.batch_plan(
+      step, seed=1, sizes=source.sizes, canvases=CANVASES, batch_size=2
+    )
+    np.testing.assert_array_equal(batch.image_index, plan.indices)
+    np.testing.assert_array_equal(batch.flip, plan.flips)
+    assert batch.images.shape == (2, *plan.canvas, 3)
+    assert batch.images.dtype == np.uint8
+    assert batch.superpixels.shape == (2, *plan.canvas)
+    assert batch.superpixels.dtype == np.int32
+    assert batch.membership.shape == (2, 4, 5)
+    assert batch.boxes.shape == (2, 4, 4)
+    assert batch.boxes.dtype == np.float32
+    assert batch.features is None
+
+
+def test_content_by_hand(source):
+  # All canvases are whole multiples of the 6 x 8 and 8 x 6 images.
+  seen = set()
+  for _, batch in start(source):
+    for b, i in enumerate(batch.image_index.tolist()):
+      wanted = np.zeros(3)
+      wanted[list(TAGS[i])] = 1
+      np.testing.assert_array_equal(batch.tags[b], wanted)
+      np.testing.assert_array_equal(batch.valid[b], [1, 1, 1, 0])
+      np.testing.assert_array_equal(
+        batch.membership[b, :3, :2], proposals_of(i).membership
+      )
+      assert not batch.membership[b, 3].any()
+      assert not batch.membership[b, :, 2:].any()
+      np.testing.assert_array_equal(batch.boxes[b, 3], [0, 0, 1, 1])
+      height, width = batch.size[b]
+      np.testing.assert_array_equal(batch.boxes[b, 0], [0, 0, height, width])
+      if SIZES[i] == (5, 5):
+        continue
+      factor = height // SIZES[i][0]
+      big = proposals_of(i).superpixels.repeat(factor, 0).repeat(factor, 1)
+      x0, x1 = (0, width / 2) if batch.flip[b] else (width / 2, width)
+      np.testing.assert_array_equal(batch.boxes[b, 1], [0, x0, height, x1])
+      np.testing.assert_array_equal(
+        batch.superpixels[b], big[:, ::-1] if batch.flip[b] else big
+      )
+      picture = batch.images[b]
+      if batch.flip[b]:
+        picture = picture[:, ::-1]
+      if factor in (2, 3):  # Linear enlargement keeps the mean of the corners.
+        corner = pixels(i)[0, 0]
+        np.testing.assert_allclose(picture[0, 0], corner, atol=1)
+      seen.add((i, bool(batch.flip[b])))
+  assert len(seen) > 6
+
+
+def test_images_on_canvas_are_those_of_the_batch(source):
+  for _, batch in start(source):
+    indices = batch.image_index.copy()
+    indices[1] = -1
+    plan = sampling.BatchPlan(batch.images.shape[1:3], indices, batch.flip)
+    images = pipeline.images_on_canvas(plan, source)
+    np.testing.assert_array_equal(images[0], batch.images[0])
+    assert not images[1].any()
+
+
+def test_two_runs_are_equal_whatever_the_threads(source):
+  one = list(start(source, colour_factor=1.5, num_threads=1, prefetch=1))
+  two = list(start(source, colour_factor=1.5, num_threads=4, prefetch=9))
+  assert_equal(one, two)
+
+
+def test_start_step_continues_the_run(source):
+  steps = list(start(source, colour_factor=1.5))
+  assert_equal(steps[9:], list(start(source, start_step=9, colour_factor=1.5)))
+
+
+def test_state_resumes_exactly(source):
+  iterator = start(source, colour_factor=1.5)
+  for _ in range(5):
+    next(iterator)
+  state = json.loads(json.dumps(iterator.get_state()))
+  wanted = list(iterator)
+  assert len(wanted) == 9
+  resumed = start(source, colour_factor=1.5)
+  next(resumed)
+  resumed.set_state(state)
+  assert_equal(wanted, list(resumed))
+  assert isinstance(iterator, grain.DatasetIterator)
+
+
+def test_processes_share_a_batch(source):
+  whole = list(start(source, batch_size=4, colour_factor=1.5))
+  parts = [
+    list(
+      start(
+        source,
+        batch_size=4,
+        colour_factor=1.5,
+        process_index=k,
+        process_count=2,
+      )
+    )
+    for k in range(2)
+  ]
+  for (step, batch), (_, first), (_, second) in zip(whole, *parts, strict=True):
+    joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second)
+    assert_equal(batch, joined)
+    assert isinstance(step, int)
+
+
+def test_colours_change_but_not_the_padding(source):
+  plain, jittered = start(source), start(source, colour_factor=1.5)
+  changed = 0
+  for (_, a), (_, b) in zip(plain, jittered, strict=True):
+    changed += (a.images != b.images).mean() > 0.3
+    assert not b.images[b.superpixels < 0].any()
+    assert_equal(a.superpixels, b.superpixels)
+  assert changed > 10
+
+
+def test_without_images_no_record_is_read(source):
+  class NoReading:
+    sizes, tags, image_ids = source.sizes, source.tags, source.image_ids
+
+    def __len__(self):
+      return len(self.image_ids)
+
+  with_images = list(start(source))
+  without = list(start(NoReading(), load_images=False))
+  for (_, a), (_, b) in zip(with_images, without, strict=True):
+    assert b.images is None
+    assert_equal(a.replace(images=None), b)
+
+
+def test_best_proposals_are_kept(source):
+  store = {f"image{i}": proposals_of(i, count=9) for i in range(len(SIZES))}
+  _, batch = next(start(source, store))
+  assert batch.valid.all()
+  np.testing.assert_array_equal(
+    batch.membership[0, :, :2], proposals_of(0, count=4).membership
+  )
+
+
+def test_image_without_proposals_is_one_proposal(source, capsys):
+  store = {k: v for k, v in STORE.items() if k != "image3"}
+  batches = [batch for _, batch in start(source, store)]
+  places = [
+    (batch, b)
+    for batch in batches
+    for b, i in enumerate(batch.image_index)
+    if i == 3
+  ]
+  assert len(places) > 1
+  for batch, b in places:
+    height, width = batch.size[b]
+    assert batch.valid[b].tolist() == [True, False, False, False]
+    assert batch.membership[b].sum() == 1
+    assert batch.membership[b, 0, 0]
+    np.testing.assert_array_equal(batch.boxes[b, 0], [0, 0, height, width])
+    assert (batch.superpixels[b, :height, :width] == 0).all()
+  assert capsys.readouterr().err.count("'image3' has no proposals") == 1
+
+
+def test_too_many_superpixels(source):
+  with pytest.raises(InputError, match=r"2 superpixels.*max_superpixels=1"):
+    list(start(source, max_superpixels=1))
+
+
+def test_proposals_of_another_image_size(source):
+  store = STORE | {f"image{i}": proposals_of(1) for i in (0, 2, 5, 6)}
+  with pytest.raises(InputError, match=r"\(8, 6\).*\(6, 8\).*again"):
+    list(start(source, store))
+
+
+@pytest.mark.parametrize("k_of_n", [(0, 3), (2, 2), (-1, 2)])
+def test_wrong_process(source, k_of_n):
+  with pytest.raises(ValueError, match="number of processes"):
+    start(source, process_index=k_of_n[0], process_count=k_of_n[1])
+
+
+def test_wrong_arguments_fail_at_once(source):
+  with pytest.raises(ValueError, match="canvases is empty"):
+    start(source, canvases=())
+
+
+def infer(source, **options):
+  settings = dict(canvases=CANVASES, **STATIC) | options
+  return list(pipeline.inference_batches(source, STORE, **settings))
+
+
+def test_inference_shows_each_image_once(source):
+  batches = infer(source)
+  found = [b.image_index.tolist() for b in batches]
+  assert found == [[0, 2], [3, 5], [6, -1], [1, 4]]
+  shapes = [b.images.shape[1:3] for b in batches]
+  assert shapes == [(18, 24)] * 3 + [(16, 12)]
+  padding = batches[2]
+  assert not padding.valid[1].any()
+  assert not padding.tags[1].any()
+  assert (padding.superpixels[1] == -1).all()
+  assert padding.valid[0].any()
+  assert not any(b.flip.any() for b in batches)
+
+
+def test_inference_flip_mirrors(source):
+  for plain, mirrored in zip(
+    infer(source), infer(source, flip=True), strict=True
+  ):
+    for b, (_, width) in enumerate(plain.size):
+      if plain.image_index[b] < 0:
+        continue
+      np.testing.assert_array_equal(
+        plain.superpixels[b, :, :width],
+        mirrored.superpixels[b, :, :width][:, ::-1],
+      )
+      np.testing.assert_array_equal(
+        plain.images[b, :, :width], mirrored.images[b, :, :width][:, ::-1]
+      )
+
+
+def test_inference_by_two_processes(source):
+  whole = infer(source)
+  first, second = (
+    infer(source, process_index=k, process_count=2) for k in range(2)
+  )
+  for batch, a, b in zip(whole, first, second, strict=True):
+    assert_equal(batch, jax.tree.map(lambda x, y: np.concatenate([x, y]), a, b))

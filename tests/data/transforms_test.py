@@ -1,0 +1,261 @@
+"""Tests of decoding, resizing and colour jitter."""
+
+import colorsys
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jtsm_jax.data import transforms
+from jtsm_jax.types import InputError
+
+# Left half red, right half blue; top row of the red half green.
+PICTURE = np.zeros((4, 6, 3), np.uint8)
+PICTURE[:, :3] = (255, 0, 0)
+PICTURE[:, 3:] = (0, 0, 255)
+PICTURE[0, :3] = (0, 255, 0)
+
+
+def encode(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
+  data = io.BytesIO()
+  image.save(data, format=file_format, **options)
+  return data.getvalue()
+
+
+def test_png_is_decoded_exactly():
+  decoded = transforms.decode_image(encode(Image.fromarray(PICTURE)))
+  assert decoded.dtype == np.uint8
+  np.testing.assert_array_equal(decoded, PICTURE)
+
+
+# What a viewer does with each orientation, written with numpy alone.
+UPRIGHT = {
+  1: lambda a: a,
+  2: lambda a: a[:, ::-1],
+  3: lambda a: a[::-1, ::-1],
+  4: lambda a: a[::-1],
+  5: lambda a: a.swapaxes(0, 1),
+  6: lambda a: np.rot90(a, -1),
+  7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+  8: lambda a: np.rot90(a, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", sorted(UPRIGHT))
+def test_exif_rotation_is_applied(orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  data = encode(Image.fromarray(PICTURE), exif=exif)
+  decoded = transforms.decode_image(data)
+  np.testing.assert_array_equal(decoded, UPRIGHT[orientation](PICTURE))
+
+
+def test_garbled_exif_is_no_rotation():
+  data = encode(
+    Image.fromarray(PICTURE), "JPEG", exif=b"Exif\0\0garbage", quality=95
+  )
+  assert transforms.decode_image(data).shape == (4, 6, 3)
+
+
+def test_grey_becomes_rgb():
+  grey = np.arange(24, dtype=np.uint8).reshape(4, 6)
+  decoded = transforms.decode_image(encode(Image.fromarray(grey)))
+  np.testing.assert_array_equal(decoded, np.stack([grey] * 3, -1))
+
+
+def test_one_bit_becomes_black_and_white():
+  bits = np.array([[0, 255], [255, 0]], np.uint8)
+  decoded = transforms.decode_image(encode(Image.fromarray(bits).convert("1")))
+  np.testing.assert_array_equal(decoded[..., 0], bits)
+
+
+def test_sixteen_bits_keep_the_high_byte():
+  grey = np.array([[0, 255, 256], [32768, 65280, 65535]], np.uint16)
+  decoded = transforms.decode_image(encode(Image.fromarray(grey)))
+  np.testing.assert_array_equal(decoded[..., 1], [[0, 0, 1], [128, 255, 255]])
+
+
+def test_palette_becomes_rgb():
+  image = Image.fromarray(PICTURE).quantize(4)
+  assert image.mode == "P"
+  decoded = transforms.decode_image(encode(image))
+  np.testing.assert_array_equal(decoded, PICTURE)
+
+
+def test_cmyk_jpeg_becomes_rgb():
+  flat = Image.new("RGB", (16, 16), (200, 40, 40)).convert("CMYK")
+  decoded = transforms.decode_image(encode(flat, "JPEG", quality=95))
+  assert decoded.shape == (16, 16, 3)
+  np.testing.assert_allclose(decoded[8, 8], (200, 40, 40), atol=4)
+
+
+def test_transparent_pixels_lie_on_white():
+  rgba = np.zeros((1, 3, 4), np.uint8)
+  rgba[0, :, 3] = (0, 255, 51)  # Hidden, opaque and 20 % black.
+  decoded = transforms.decode_image(encode(Image.fromarray(rgba)))
+  np.testing.assert_array_equal(decoded[0, :, 0], (255, 0, 204))
+
+
+def test_one_pixel():
+  data = encode(Image.fromarray(PICTURE[:1, :1]))
+  np.testing.assert_array_equal(transforms.decode_image(data), PICTURE[:1, :1])
+
+
+def test_empty_file_is_refused():
+  with pytest.raises(InputError, match=r"cow\.jpg: the file is empty"):
+    transforms.decode_image(b"", name="cow.jpg")
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+def test_truncated_file_is_refused(file_format):
+  noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3))
+  data = encode(Image.fromarray(noise.astype(np.uint8)), file_format)
+  with pytest.raises(InputError, match="cow: cannot be decoded"):
+    transforms.decode_image(data[: len(data) // 2], name="cow")
+
+
+def test_text_is_refused():
+  with pytest.raises(InputError, match=r"no known image format.*replace it"):
+    transforms.decode_image(b"<html>not found</html>")
+
+
+@pytest.mark.parametrize("side", [9_000, 30_000])
+def test_decompression_bomb_is_refused(side):
+  # A few bytes that promise side x side pixels.
+  header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+  data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header
+  data += struct.pack(">I", zlib.crc32(header))
+  body = b"IDAT" + zlib.compress(bytes(1000))
+  data += struct.pack(">I", len(body) - 4) + body
+  data += struct.pack(">I", zlib.crc32(body))
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with pytest.raises(InputError, match=r"scale the image down|bomb"):
+      transforms.decode_image(data)
+
+
+def test_fit_shrinks_by_two():
+  # 4 x 6 on a canvas of 4 x 3: scale min(1, 1/2), so 2 x 3 pixels.
+  superpixels = np.arange(24, dtype=np.int32).reshape(4, 6)
+  boxes = np.array([[0, 0, 4, 6], [1, 2, 3, 4]])
+  image, size, out, boxes = transforms.fit_to_canvas(
+    PICTURE, superpixels, boxes, canvas=(4, 3), flip=False
+  )
+  np.testing.assert_array_equal(size, [2, 3])
+  # The centre of pixel i lies at 2 i + 1: source pixel 2 i + 1.
+  np.testing.assert_array_equal(
+    out, [[7, 9, 11], [19, 21, 23], [-1, -1, -1], [-1, -1, -1]]
+  )
+  np.testing.assert_array_equal(boxes, [[0, 0, 2, 3], [0.5, 1, 1.5, 2]])
+  assert boxes.dtype == np.float32
+  # Area: the mean of 2 x 2 pixels. Top row: half green, half red.
+  np.testing.assert_allclose(image[0, 0], (127.5, 127.5, 0), atol=1)
+  np.testing.assert_array_equal(
+    image[1], [(255, 0, 0), (128, 0, 128), (0, 0, 255)]
+  )
+  assert not image[2:].any()
+
+
+def test_fit_enlarges_by_three():
+  superpixels = np.array([[0, 1]], np.int32)
+  image, size, out, boxes = transforms.fit_to_canvas(
+    np.full((1, 2, 3), 9, np.uint8),
+    superpixels,
+    np.array([[0, 1, 1, 2]]),
+    canvas=(3, 8),
+    flip=False,
+  )
+  np.testing.assert_array_equal(size, [3, 6])
+  np.testing.assert_array_equal(out, [[0, 0, 0, 1, 1, 1, -1, -1]] * 3)
+  np.testing.assert_array_equal(boxes, [[0, 3, 3, 6]])
+  assert (image[:, :6] == 9).all()
+  assert not image[:, 6:].any()
+
+
+def test_flip_mirrors_inside_the_images_own_width():
+  superpixels = np.array([[0, 1, 2], [3, 4, 5]], np.int32)
+  picture = PICTURE[:2, 1:4]
+  image, _, out, boxes = transforms.fit_to_canvas(
+    picture, superpixels, np.array([[0, 0, 1, 1]]), canvas=(3, 3), flip=True
+  )
+  np.testing.assert_array_equal(out, [[2, 1, 0], [5, 4, 3], [-1, -1, -1]])
+  np.testing.assert_array_equal(boxes, [[0, 2, 1, 3]])
+  np.testing.assert_array_equal(image[:2], picture[:, ::-1])
+  # Now with padding at the right: it stays there.
+  _, _, out, boxes = transforms.fit_to_canvas(
+    None, superpixels, np.array([[0, 0, 1, 1]]), canvas=(2, 5), flip=True
+  )
+  np.testing.assert_array_equal(out, [[2, 1, 0, -1, -1], [5, 4, 3, -1, -1]])
+  np.testing.assert_array_equal(boxes, [[0, 2, 1, 3]])
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("canvas", [(50, 70), (13, 64), (200, 31)])
+def test_boxes_stay_around_their_masks(canvas, flip):
+  superpixels = np.zeros((29, 41), np.int32)
+  superpixels[5:20, 8:31] = 1
+  _, size, out, boxes = transforms.fit_to_canvas(
+    None, superpixels, np.array([[5, 8, 20, 31]]), canvas=canvas, flip=flip
+  )
+  rows, columns = np.nonzero(out == 1)
+  tight = [rows.min(), columns.min(), rows.max() + 1, columns.max() + 1]
+  np.testing.assert_allclose(boxes[0], tight, atol=0.5 + 1e-5)
+  assert (out[: size[0], : size[1]] >= 0).all()
+  assert (out == -1).sum() == out.size - size.prod()
+  assert size[0] == canvas[0] or size[1] == canvas[1]
+
+
+def test_an_extreme_image_keeps_one_pixel():
+  _, size, out, _ = transforms.fit_to_canvas(
+    None,
+    np.zeros((1, 500), np.int32),
+    np.zeros((0, 4)),
+    canvas=(8, 8),
+    flip=False,
+  )
+  np.testing.assert_array_equal(size, [1, 8])
+  assert (out[0] == 0).all()
+
+
+def test_fit_refuses_a_map_of_another_size():
+  with pytest.raises(ValueError, match=r"\(4, 6\).*\(4, 5\)"):
+    transforms.fit_to_canvas(
+      PICTURE,
+      np.zeros((4, 5), np.int32),
+      np.zeros((0, 4)),
+      canvas=(4, 6),
+      flip=False,
+    )
+
+
+def test_jitter_multiplies_saturation_and_value():
+  rgb = np.array([[[120, 80, 40], [60, 90, 100], [0, 0, 0]]], np.uint8)
+  factors = np.exp(np.random.default_rng(5).uniform(-1, 1, 2) * np.log(1.5))
+  wanted = []
+  for pixel in rgb[0] / 255:
+    h, s, v = colorsys.rgb_to_hsv(*pixel)
+    s, v = min(s * factors[0], 1), min(v * factors[1], 1)
+    wanted.append(np.array(colorsys.hsv_to_rgb(h, s, v)) * 255)
+  out = transforms.jitter_hsv(np.random.default_rng(5), rgb, factor=1.5)
+  assert out.dtype == np.uint8
+  np.testing.assert_allclose(out[0], wanted, atol=1)
+
+
+def test_jitter_stays_within_its_factor():
+  rng = np.random.default_rng(0)
+  grey = np.full((1, 1, 3), 100, np.uint8)
+  values = [
+    transforms.jitter_hsv(rng, grey, factor=1.5)[0, 0, 0] for _ in range(200)
+  ]
+  assert min(values) >= 66
+  assert max(values) <= 150
+  assert np.mean(np.array(values) < 100) == pytest.approx(0.5, abs=0.15)
+  np.testing.assert_array_equal(
+    transforms.jitter_hsv(rng, PICTURE, factor=1.0), PICTURE
+  )
+  with pytest.raises(ValueError, match=r"0\.5"):
+    transforms.jitter_hsv(rng, grey, factor=0.5)

@@ -1,0 +1,143 @@
+"""metrics.jsonl read back with json, event files with tensorboardX's protos."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from jtsm_jax.train.metrics import MetricWriter
+from jtsm_jax.types import InputError
+
+
+def read_lines(directory):
+  lines = (directory / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def read_events(directory):
+  """TFRecord: length (8 bytes), checksum (4), data, checksum (4)."""
+  events = []
+  for path in sorted(directory.glob("events.*")):
+    data = path.read_bytes()
+    while data:
+      (length,) = struct.unpack("<Q", data[:8])
+      events.append(event_pb2.Event.FromString(data[12 : 12 + length]))
+      data = data[16 + length :]
+  return events
+
+
+def scalars(directory):
+  return [
+    (event.step, value.tag, value.simple_value)
+    for event in read_events(directory)
+    for value in event.summary.value
+    if value.WhichOneof("value") == "simple_value"
+  ]
+
+
+def test_written_values_are_on_disk_at_once_and_in_tensorboard(tmp_path):
+  writer = MetricWriter(tmp_path / "new" / "run")
+  writer.write(3, {"loss/mil": np.float32(0.5), "rate": 1e-3})
+  [line] = read_lines(tmp_path / "new" / "run")
+  assert line["step"] == 3
+  assert line["loss/mil"] == 0.5
+  assert line["time"] > 1.6e9
+  writer.close()
+  assert scalars(tmp_path / "new" / "run") == [
+    (3, "loss/mil", 0.5),
+    (3, "rate", pytest.approx(1e-3)),
+  ]
+
+
+def test_not_finite_is_null_because_json_has_no_nan(tmp_path):
+  writer = MetricWriter(tmp_path)
+  writer.write(1, {"a": float("nan"), "b": float("inf"), "c": 2})
+  writer.close()
+  [line] = read_lines(tmp_path)
+  assert (line["a"], line["b"], line["c"]) == (None, None, 2)
+
+
+def test_resume_has_no_step_twice(tmp_path):
+  writer = MetricWriter(tmp_path)
+  for step in (10, 20, 30):
+    writer.write(step, {"loss": step})
+  writer.close()
+
+  resumed = MetricWriter(tmp_path)
+  resumed.truncate_after(20)
+  for step in (30, 40):
+    resumed.write(step, {"loss": -step})
+  resumed.close()
+  losses = [(x["step"], x["loss"]) for x in read_lines(tmp_path)]
+  assert losses == [(10, 10), (20, 20), (30, -30), (40, -40)]
+  # TensorBoard is told to forget the steps from 21 on.
+  starts = [e.step for e in read_events(tmp_path) if e.HasField("session_log")]
+  assert starts == [21]
+  assert not (tmp_path / "metrics.tmp").exists()
+
+
+def test_truncate_in_the_middle_of_a_run(tmp_path):
+  writer = MetricWriter(tmp_path)
+  writer.write(1, {"a": 1})
+  writer.write(2, {"a": 2})
+  writer.truncate_after(1)
+  writer.write(2, {"a": 3})
+  writer.close()
+  assert [x["a"] for x in read_lines(tmp_path)] == [1, 3]
+
+
+def test_line_torn_by_a_kill_is_dropped(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a"')
+  writer = MetricWriter(tmp_path)
+  writer.write(2, {"a": 5})
+  writer.close()
+  assert [x["step"] for x in read_lines(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"loss": 1}'])
+def test_foreign_line_is_an_error_that_names_it(tmp_path, line):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(f'{{"step": 1}}\n{line}\n')
+  with pytest.raises(InputError, match=r"metrics\.jsonl line 2"):
+    MetricWriter(tmp_path).truncate_after(1)
+  assert path.read_text().count("\n") == 2  # nothing was lost
+
+
+def test_image_and_text(tmp_path):
+  writer = MetricWriter(tmp_path)
+  writer.image(4, "val/cow", np.full((6, 8, 3), 200, np.uint8))
+  writer.text(5, "config", "seed: 1")
+  writer.close()
+  values = {
+    v.tag: (event.step, v)
+    for event in read_events(tmp_path)
+    for v in event.summary.value
+  }
+  step, picture = values["val/cow"]
+  assert (step, picture.image.height, picture.image.width) == (4, 6, 8)
+  assert [s for tag, (s, _) in values.items() if "config" in tag] == [5]
+
+
+def test_inactive_writer_touches_nothing(tmp_path):
+  writer = MetricWriter(tmp_path / "none", active=False)
+  writer.write(1, {"a": 1})
+  writer.image(1, "a", np.zeros((2, 2, 3), np.uint8))
+  writer.text(1, "a", "b")
+  writer.truncate_after(0)
+  writer.close()
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_faults_are_named(tmp_path):
+  writer = MetricWriter(tmp_path)
+  with pytest.raises(ValueError, match="step"):
+    writer.write(1, {"step": 1})
+  with pytest.raises(ValueError, match=r"'a'.*\(2,\)"):
+    writer.write(1, {"a": np.zeros(2)})
+  writer.close()
+  (tmp_path / "file").write_text("")
+  with pytest.raises(InputError, match="workdir"):
+    MetricWriter(tmp_path / "file")
