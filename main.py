@@ -11,11 +11,10 @@ evaluate. A run that was stopped goes on where it was.
 
 import pathlib
 import sys
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
-
-from jtsm_jax.types import InputError
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "File of the experiment, see configs/.", lock_config=True
@@ -37,45 +36,59 @@ _INPUT = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
   """Checks the flags and runs the mode."""
   if len(argv) > 1:
-    raise InputError(
-      f"unknown argument {argv[1]!r}; flags begin with --, see --help"
-    )
+    _fail(f"unknown argument {argv[1]!r}; flags begin with --, see --help")
   for flag in (_CONFIG, _WORKDIR):
-    if flag.value is None:
-      raise InputError(f"--{flag.name} is missing; see --help")
-  if _MODE.value == "predict" and _INPUT.value is None:
-    raise InputError("--mode=predict needs --input=FOLDER")
+    if not flag.value:
+      _fail(f"--{flag.name} is missing; see --help")
+  if _MODE.value == "predict" and not _INPUT.value:
+    _fail("--mode=predict needs --input=FOLDER")
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax and TFDS tell too much
+  sys.stdout.reconfigure(line_buffering=True)  # in order, in a log file too
   # Late, so that --help and a wrong flag answer at once.
   from jtsm_jax import run
+  from jtsm_jax.types import InputError
 
-  run.run(
-    _CONFIG.value,
-    pathlib.Path(_WORKDIR.value),
-    mode=_MODE.value,
-    images=pathlib.Path(_INPUT.value) if _INPUT.value else None,
-  )
+  try:
+    run.run(
+      _CONFIG.value,
+      pathlib.Path(_WORKDIR.value),
+      mode=_MODE.value,
+      images=pathlib.Path(_INPUT.value) if _INPUT.value else None,
+    )
+  except InputError as error:
+    _fail(str(error))
+  except KeyboardInterrupt:
+    print("\nstopped; the same command goes on from here", file=sys.stderr)
+    sys.exit(130)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
   """Parses the flags; a wrong one is the user's fault, not a crash."""
   try:
-    return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:
-    raise InputError(f"{error}; see --help and configs/base.py") from error
+    rest = flags.FLAGS(argv)
+    if _CONFIG.value is not None:
+      _CONFIG.value.lock()  # raises what went wrong when the file was loaded
+    return rest
+  except OSError as error:
+    reason = str(error).splitlines()[-1].strip()
+    _fail(f"the file of --config cannot be read: {reason}; see configs/")
+  except (AttributeError, KeyError) as error:
+    while error.args and isinstance(error.args[0], Exception):
+      error = error.args[0]
+    reason = " ".join(str(error.args[0]).split())
+    what = "no such field: " if isinstance(error, KeyError) else ""
+    _fail(f"--config: {what}{reason}; see configs/base.py")
+  except (flags.Error, TypeError) as error:
+    _fail(f"{error}; see --help and configs/base.py")
 
 
-def _guarded(function, argv):
-  """Runs `function`; a fault of the input is one message and exit code 2."""
-  try:
-    return function(argv)
-  except InputError as error:
-    logging.flush()
-    print(f"\nerror: {error}", file=sys.stderr)
-    sys.exit(2)
+def _fail(message: str) -> NoReturn:
+  """A fault of the input: one message and exit code 2."""
+  logging.flush()
+  print(f"\nerror: {message}", file=sys.stderr)
+  sys.exit(2)
 
 
 if __name__ == "__main__":
-  app.run(
-    lambda argv: _guarded(main, argv),
-    flags_parser=lambda argv: _guarded(_parse_flags, argv),
-  )
+  app.run(main, flags_parser=_parse_flags)

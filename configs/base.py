@@ -61,6 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
   # it), "none", or the name of a stage.
   c.backbone.freeze = "all"
   c.backbone.cache = True  # features of a fully frozen backbone, on disk
+  c.backbone.cache_dir = ""  # default WORKDIR/features
   c.backbone.cache_gib = 20.0  # above this size nothing is cached
 
   # Proposal features (section 3.3).

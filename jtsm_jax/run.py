@@ -16,6 +16,7 @@ from absl import logging
 
 from jtsm_jax.data import folder, prepared, shapes
 from jtsm_jax.data.panoptic_files import write_panoptic
+from jtsm_jax.data.pipeline import with_fallback
 from jtsm_jax.data.prepared import PreparedData
 from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.evaluation.class_calibration import (
@@ -49,6 +50,8 @@ FREE_FIELDS = (
   "proposals.store",
   "proposals.num_workers",
   "backbone.cache",
+  "backbone.cache_dir",
+  "backbone.cache_gib",
   "reestimation.threads",
   "train.log_every",
   "train.checkpoint_every",
@@ -57,6 +60,9 @@ FREE_FIELDS = (
   "evaluation",
 )
 """Fields that may change between two runs in one workdir."""
+
+DATA_FIELDS = ("data.name", "data.root", "data.shapes")
+"""Fields that the prepared data depend on."""
 
 
 def run(
@@ -77,6 +83,11 @@ def run(
   Raises:
     InputError: a path, a file or a field of the configuration is at fault.
   """
+  if mode in ("evaluate", "predict") and not _is_trained(workdir):
+    raise InputError(
+      f"{workdir / 'checkpoints'}: there are no checkpoints; train first "
+      "(--mode=train), or check --workdir"
+    )
   claim_workdir(workdir, config)
   if mode == "predict":
     return predict_folder(config, workdir, images)
@@ -96,6 +107,10 @@ def run(
 def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
   """Writes the configuration into a new workdir, or compares it with its own.
 
+  Fields are fixed by what was made with them: those of the data once they are
+  prepared, the others by the first checkpoint. So a try that fails before does
+  not spoil the workdir.
+
   Raises:
     InputError: the workdir cannot be made, or belongs to other settings.
   """
@@ -103,12 +118,7 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
   mine = json.loads(config.to_json_best_effort())
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-      draft = path.with_suffix(".tmp")
-      draft.write_text(json.dumps(mine, indent=1))
-      os.replace(draft, path)
-      return
-    theirs = json.loads(path.read_text())
+    theirs = json.loads(path.read_text()) if path.exists() else mine
   except OSError as error:
     raise InputError(
       f"--workdir={workdir}: {error.strerror}; give a folder that can be "
@@ -116,12 +126,19 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
     ) from error
   except ValueError as error:
     raise InputError(f"{path} is damaged ({error}); remove it") from error
+  trained = _is_trained(workdir)
+  is_prepared = prepared.is_prepared(workdir / "data")
+
+  def is_fixed(name: str) -> bool:
+    if trained:
+      return not _is_among(name, FREE_FIELDS)
+    return is_prepared and _is_among(name, DATA_FIELDS)
+
   a, b = _flat(mine), _flat(theirs)
   changed = [
     f"{name} = {a.get(name)!r}, there {b.get(name)!r}"
     for name in sorted(a.keys() | b.keys())
-    if a.get(name) != b.get(name)
-    and not any(name == f or name.startswith(f + ".") for f in FREE_FIELDS)
+    if a.get(name) != b.get(name) and is_fixed(name)
   ]
   if changed:
     raise InputError(
@@ -129,6 +146,18 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
       + "; config.".join(changed)
       + ". Give another --workdir, or the same settings"
     )
+  if not trained:
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(mine, indent=1))
+    os.replace(draft, path)
+
+
+def _is_trained(workdir: pathlib.Path) -> bool:
+  return any((workdir / "checkpoints").glob("[0-9]*"))
+
+
+def _is_among(name: str, fields: tuple[str, ...]) -> bool:
+  return any(name == f or name.startswith(f + ".") for f in fields)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -152,7 +181,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> PreparedData:
     )
   data = prepared.open_prepared(directory)
   counts = ", ".join(f"{len(s)} {name}" for name, s in data.splits.items())
-  logging.info("data: %s with %s images", data.name, counts)
+  print(f"data: {data.name}, {counts} images, {len(data.categories)} classes")
   return data
 
 
@@ -179,7 +208,9 @@ def propose(
   settings = proposal_settings(config)
   path = stores.store_path(root, settings)
   for source in data.splits.values():
-    _propose(config, source, path)
+    known = stores.open_store(path).ids if path.is_dir() else ()
+    if not set(source.image_ids) <= set(known):
+      _propose(config, source, path)
   return stores.open_store(path)
 
 
@@ -238,9 +269,10 @@ def run_training(
   model = build.build_model(config, data.categories)
 
   def evaluate_state(state: TrainState) -> dict[str, float]:
-    calibration = _calibrate(config, model, state.variables, data, store)
+    args = config, workdir, model, state.variables, data, store
+    calibration = _calibrate(*args)
     result = evaluate(
-      _predictions(config, model, state.variables, data, store, calibration),
+      _predictions(*args, calibration),
       data.splits["val"],
       data.categories,
     )
@@ -252,37 +284,46 @@ def run_training(
       "miou": result["semantic"]["miou"],
     }
 
-  has_targets = "val" in data.splits and data.splits["val"].has_targets
   train(
     config,
     workdir,
     data=data,
     store=store,
-    evaluate=evaluate_state if has_targets else None,
+    evaluate=evaluate_state if _has_targets(data) else None,
   )
 
 
-def _calibrate(config, model, variables, data, store) -> ClassCalibration:
+def _calibrate(
+  config, workdir, model, variables, data, store
+) -> ClassCalibration:
   if not config.evaluation.calibrate:
     return ClassCalibration.neutral(len(data.categories))
+  source = data.splits["train"]
   return learn_calibration(
     model,
     variables,
-    data.splits["train"],
+    source,
     store,
     settings=prediction_settings(config),
+    cache=build.open_feature_cache(
+      config, workdir, model, variables, "train", len(source)
+    ),
   )
 
 
-def _predictions(config, model, variables, data, store, calibration):
+def _predictions(config, workdir, model, variables, data, store, calibration):
+  source = data.splits["val"]
   return predict(
     model,
     variables,
-    data.splits["val"],
+    source,
     store,
     calibration=calibration,
     num_things=data.categories.num_things,
     settings=prediction_settings(config),
+    cache=build.open_feature_cache(
+      config, workdir, model, variables, "val", len(source)
+    ),
     description="evaluate",
   )
 
@@ -294,22 +335,29 @@ def run_evaluation(
   store: stores.ProposalStore,
 ) -> None:
   """Evaluates the last checkpoint: table, metrics.json and pictures."""
-  if "val" not in data.splits:
-    print("The data set has no validation images: nothing to evaluate.")
-    return
   model = build.build_model(config, data.categories)
   step, variables = checkpoints.restore_variables(workdir / "checkpoints")
-  calibration = _calibrate(config, model, variables, data, store)
+  args = config, workdir, model, variables, data, store
+  calibration = _calibrate(*args)
   folder_ = workdir / "evaluation"
   save_calibration(workdir / "calibration.json", calibration, data.categories)
+  if not _has_targets(data):
+    print("evaluate: there is no ground truth of validation images to compare")
+    _print_next(workdir)
+    return
   source = data.splits["val"]
+  get_proposals = with_fallback(store)
+  shown = max(len(source) // max(config.evaluation.pictures, 1), 1)
 
   def draw(prediction):
-    if prediction.index % max(len(source) // config.evaluation.pictures, 1):
+    if not config.evaluation.pictures or prediction.index % shown:
       return
     sheet = stages.prediction_sheet(
       decode_image(source[prediction.index].image),
-      store.get(source.image_ids[prediction.index]),
+      get_proposals(
+        source.image_ids[prediction.index],
+        tuple(source.sizes[prediction.index].tolist()),
+      ),
       prediction.panoptic,
       source.target(prediction.index),
       data.categories,
@@ -318,7 +366,7 @@ def run_evaluation(
     write_image(folder_ / "overlays" / f"{name}.jpg", sheet)
 
   result = evaluate(
-    _predictions(config, model, variables, data, store, calibration),
+    _predictions(*args, calibration),
     source,
     data.categories,
     on_prediction=draw,
@@ -330,6 +378,14 @@ def run_evaluation(
   print(f"mIoU {result['semantic']['miou']:.1f}")
   print(f"\nfigures    {folder_ / 'metrics.json'}")
   print(f"pictures   {folder_ / 'overlays'}")
+  _print_next(workdir)
+
+
+def _has_targets(data: PreparedData) -> bool:
+  return "val" in data.splits and data.splits["val"].has_targets
+
+
+def _print_next(workdir: pathlib.Path) -> None:
   print(
     "next       python main.py --config=... --workdir="
     f"{workdir} --mode=predict --input=FOLDER_OF_IMAGES"
@@ -366,7 +422,7 @@ def predict_folder(
 
   def results():
     for prediction in predictions:
-      name = source.image_ids[prediction.index]
+      name = source.stems[prediction.index]
       image = decode_image(source[prediction.index].image)
       write_image(
         output / "overlays" / f"{name}.jpg",

@@ -9,17 +9,25 @@ feature grid, with stride = H / Hf = W / Wf pixels per cell. Boxes are
 are integers with an INCLUSIVE end, as in RoIPool (see `grid_boxes`).
 """
 
-from pallas_kernels.grid import available_bins, grid_boxes, superpixel_masks
+from pallas_kernels.grid import (
+  available_bins,
+  available_cells,
+  grid_boxes,
+  superpixel_coverage,
+  superpixel_masks,
+)
 from pallas_kernels.moi_pool import masked_average, moi_pool
 from pallas_kernels.roi_align import roi_align
 from pallas_kernels.roi_pool import roi_pool
 
 __all__ = [
   "available_bins",
+  "available_cells",
   "grid_boxes",
   "masked_average",
   "moi_pool",
   "roi_align",
   "roi_pool",
+  "superpixel_coverage",
   "superpixel_masks",
 ]

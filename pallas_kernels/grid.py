@@ -29,15 +29,10 @@ def grid_boxes(boxes: jax.Array, *, stride: float) -> jax.Array:
   return (whole + jnp.where(up, jnp.sign(cells), 0)).astype(jnp.int32)
 
 
-def superpixel_masks(
-  superpixels: jax.Array,
-  membership: jax.Array,
-  boxes: jax.Array | None,
-  *,
-  stride: int,
-  availability: str = "any",
+def superpixel_coverage(
+  superpixels: jax.Array, membership: jax.Array, *, stride: int
 ) -> jax.Array:
-  """The available cells of each proposal, Eq. 6, without a [P, H, W] mask.
+  """How much of each cell a proposal covers, without a [P, H, W] mask.
 
   A cell is a block of stride x stride pixels. How many of its pixels a proposal
   holds is the sum, over its superpixels, of how many the superpixel holds.
@@ -45,18 +40,13 @@ def superpixel_masks(
   Args:
     superpixels: [H, W] int32 ids 0 .. S-1; others, such as -1, are padding.
     membership: [P, S] bool, the superpixels of each proposal.
-    boxes: [P, 4] int32 inclusive grid boxes outside which no cell is available,
-      or None.
     stride: pixels per cell; divides H and W.
-    availability: "any": a cell with a pixel of the proposal (Eq. 6).
-      "coverage": a cell that the proposal covers by half or more, and the
-      first of the cells that it covers most, so that thin segments stay.
 
   Returns:
-    [P, H // stride, W // stride] bool.
+    [P, H // stride, W // stride] float32, share of the cell's pixels, 0 to 1.
 
   Raises:
-    ValueError: H or W is no multiple of the stride, or unknown availability.
+    ValueError: H or W is no multiple of the stride.
   """
   height, width = superpixels.shape
   num_proposals, num_superpixels = membership.shape
@@ -64,10 +54,6 @@ def superpixel_masks(
     raise ValueError(
       f"superpixels: {height} x {width} pixels is no multiple of the stride"
       f" {stride}; pad the map with -1"
-    )
-  if availability not in ("any", "coverage"):
-    raise ValueError(
-      f"availability: found {availability!r}, wanted 'any' or 'coverage'"
     )
   grid = height // stride, width // stride
   num_cells = grid[0] * grid[1]
@@ -86,15 +72,60 @@ def superpixel_masks(
     # Up to 256 is exact in the accelerators' fast matmul (bfloat16 inputs).
     precision=lax.Precision.HIGHEST if stride > 16 else None,
   )
-  if boxes is not None:
-    inside = cells_in_boxes(boxes, grid_size=grid)
-    counts = jnp.where(inside.reshape(num_proposals, -1), counts, 0)
+  return counts.reshape(num_proposals, *grid) / stride**2
 
-  available = counts > 0
+
+def available_cells(
+  coverage: jax.Array,
+  boxes: jax.Array | None = None,
+  *,
+  availability: str = "any",
+) -> jax.Array:
+  """The cells that a proposal owns (Eq. 6), from how much it covers of them.
+
+  Args:
+    coverage: [P, Hf, Wf] float32 from `superpixel_coverage`.
+    boxes: [P, 4] int32 inclusive grid boxes outside which no cell is available,
+      or None.
+    availability: "any": a cell with a pixel of the proposal (Eq. 6).
+      "coverage": a cell that the proposal covers by half or more, and the
+      first of the cells that it covers most, so that thin segments stay.
+
+  Returns:
+    [P, Hf, Wf] bool.
+
+  Raises:
+    ValueError: unknown availability.
+  """
+  if availability not in ("any", "coverage"):
+    raise ValueError(
+      f"availability: found {availability!r}, wanted 'any' or 'coverage'"
+    )
+  if boxes is not None:
+    inside = cells_in_boxes(boxes, grid_size=coverage.shape[1:])
+    coverage = jnp.where(inside, coverage, 0)
+  available = coverage > 0
   if availability == "coverage":
-    best = jnp.arange(num_cells) == jnp.argmax(counts, axis=1)[:, None]
-    available &= (counts >= 0.5 * stride**2) | best
-  return available.reshape(num_proposals, *grid)
+    flat = coverage.reshape(len(coverage), -1)
+    best = jnp.arange(flat.shape[1]) == jnp.argmax(flat, axis=1)[:, None]
+    available &= (coverage >= 0.5) | best.reshape(coverage.shape)
+  return available
+
+
+def superpixel_masks(
+  superpixels: jax.Array,
+  membership: jax.Array,
+  boxes: jax.Array | None,
+  *,
+  stride: int,
+  availability: str = "any",
+) -> jax.Array:
+  """The available cells of each proposal (Eq. 6) from its superpixels.
+
+  `available_cells` of `superpixel_coverage`; see there.
+  """
+  coverage = superpixel_coverage(superpixels, membership, stride=stride)
+  return available_cells(coverage, boxes, availability=availability)
 
 
 def cells_in_boxes(

@@ -15,14 +15,18 @@ from __future__ import annotations
 import csv
 import dataclasses
 import difflib
+import hashlib
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from jtsm_jax.data.panoptic_files import read_json, read_panoptic
 from jtsm_jax.data.prepared import Source
+from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.types import Categories, InputError, PanopticMap, Record
 
 _LAYOUT = "a data folder holds classes.json, images/ and train_tags.csv"
@@ -317,8 +321,9 @@ class ImageFolder:
   with a message.
 
   Attributes:
-    image_ids: N unique strings.
+    image_ids: N unique strings, which change with the content of a file.
     names: N file names in the folder.
+    stems: N unique names without the ending, safe as file names.
     sizes: [N, 2] int32, height and width after EXIF rotation, pixels.
     tags: [N, K] float32, all 0: nothing is known.
   """
@@ -332,16 +337,18 @@ class ImageFolder:
     folder = Path(folder)
     if not folder.is_dir():
       raise InputError(f"{folder}: no such folder; --input wants one of images")
-    kept, self.sizes = [], []
+    kept, digests, self.sizes = [], [], []
     for path in sorted(folder.iterdir()):
       if path.suffix.lower() not in _IMAGE_SUFFIXES:
         continue
       try:
-        image = decode_image(path.read_bytes(), name=str(path))
-      except InputError as error:
+        data = path.read_bytes()
+        image = decode_image(data, name=str(path))
+      except (InputError, OSError) as error:
         print(f"left out: {error}", file=sys.stderr)
         continue
       kept.append(path)
+      digests.append(hashlib.sha256(data).hexdigest()[:16])
       self.sizes.append(image.shape[:2])
     if not kept:
       raise InputError(
@@ -350,9 +357,14 @@ class ImageFolder:
     self._paths = kept
     self.sizes = np.array(self.sizes, np.int32)
     self.names = tuple(path.name for path in kept)
-    self.image_ids = tuple(_image_id(name) for name in self.names)
+    self.stems = tuple(_image_id(name) for name in self.names)
+    # Proposals are filed under these, and a file may be replaced by another.
+    self.image_ids = tuple(
+      f"{stem}-{digest}"
+      for stem, digest in zip(self.stems, digests, strict=True)
+    )
     self.tags = np.zeros((len(kept), num_classes), np.float32)
-    if len(set(self.image_ids)) < len(kept):
+    if len(set(self.stems)) < len(kept):
       raise InputError(
         f"{folder}: two images differ only in the ending of their names; "
         "rename one"

@@ -81,7 +81,7 @@ def make_pipeline(
     InputError (while iterating): proposals do not fit the image or S.
   """
   local = _local_slice(batch_size, process_index, process_count)
-  get_proposals = _with_fallback(store)
+  get_proposals = with_fallback(store)
 
   def plan_of(step: int) -> BatchPlan:
     return batch_plan(
@@ -161,7 +161,7 @@ def inference_batches(
     InputError (while iterating): proposals do not fit the image or S.
   """
   local = _local_slice(batch_size, process_index, process_count)
-  get_proposals = _with_fallback(store)
+  get_proposals = with_fallback(store)
   plans = inference_plans(
     sizes=source.sizes, canvases=canvases, batch_size=batch_size, flip=flip
   )
@@ -285,10 +285,14 @@ def images_on_canvas(plan: BatchPlan, source: RecordSource) -> np.ndarray:
   return images
 
 
-def _with_fallback(
+def with_fallback(
   store: ProposalStore,
 ) -> Callable[[str, tuple[int, int]], Proposals]:
-  """`store.get`, where an image without proposals is one proposal itself."""
+  """`store.get`, where an image without proposals is one proposal itself.
+
+  Returns:
+    A function of (image id, (height, width)).
+  """
   warned: set[str] = set()
   lock = threading.Lock()
 

@@ -32,10 +32,10 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
-from tqdm import tqdm
 
 from jtsm_jax.data.panoptic_files import decode_ids, encode_ids, read_json
 from jtsm_jax.data.transforms import decode_image
+from jtsm_jax.reporting.console import progress
 from jtsm_jax.types import (
   Categories,
   InputError,
@@ -372,9 +372,8 @@ def _examples(
   )
   seen: set[str] = set()
   everything = (source.num_train or 0) + (source.num_val or 0)
-  for record in tqdm(
-    records, desc=f"preparing {split}", total=total, unit="image", disable=None
-  ):
+  bar = progress(records, f"prepare {split}", total=total, unit="image")
+  for record in bar:
     image_id = record.image_id
     _check_record(record, split, seen, len(source.categories))
     seen.add(image_id)
@@ -383,7 +382,7 @@ def _examples(
     except InputError as error:
       reason = str(error).removeprefix(f"{image_id}: ").replace("\n", " ")
       bad.append(f"{image_id}: {reason}")
-      tqdm.write(f"left out of {split}: {bad[-1]}", file=sys.stderr)
+      bar.write(f"left out of {split}: {bad[-1]}", file=sys.stderr)
       if total is not None:
         _check_bad(bad, everything, max_bad_fraction)
       continue

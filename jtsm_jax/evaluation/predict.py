@@ -27,6 +27,7 @@ from jtsm_jax.evaluation.inference import (
 )
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.reporting.console import progress
+from jtsm_jax.train.feature_cache import FeatureCache
 from jtsm_jax.types import Batch, Detections, PanopticMap, Proposals
 
 
@@ -89,6 +90,7 @@ def predict(
   calibration: ClassCalibration,
   num_things: int,
   settings: PredictionSettings,
+  cache: FeatureCache | None = None,
   description: str = "predict",
 ) -> Iterator[Prediction]:
   """Predicts every image of a split, with a progress line.
@@ -101,6 +103,7 @@ def predict(
     calibration: from `learn_calibration`.
     num_things: T.
     settings: see there.
+    cache: of the split's features, or None to compute them.
     description: of the progress line.
 
   Yields:
@@ -110,7 +113,9 @@ def predict(
   with progress(
     description=description, total=len(source), unit="image"
   ) as bar:
-    for batch, scores in _score(model, variables, source, store, settings):
+    for batch, scores in _score(
+      model, variables, source, store, settings, cache
+    ):
       for i, index in enumerate(batch.image_index):
         if index < 0:
           continue
@@ -169,14 +174,26 @@ def learn_calibration(
   store: ProposalStore,
   *,
   settings: PredictionSettings,
+  cache: FeatureCache | None = None,
 ) -> ClassCalibration:
-  """Runs the mining branch over the training split and compares with its tags."""
+  """Compares the scores of the training images with their tags.
+
+  Args:
+    model: the model.
+    variables: its weights.
+    source: the training split.
+    store: its proposals.
+    settings: as for `predict`.
+    cache: of the split's features, or None to compute them.
+  """
   image = np.zeros_like(source.tags)
   best = np.zeros_like(source.tags)
   with progress(
     description="calibrate", total=len(source), unit="image"
   ) as bar:
-    for batch, scores in _score(model, variables, source, store, settings):
+    for batch, scores in _score(
+      model, variables, source, store, settings, cache
+    ):
       real = batch.image_index >= 0
       image[batch.image_index[real]] = scores.image[real]
       best[batch.image_index[real]] = scores.proposals[real].max(1)
@@ -184,7 +201,7 @@ def learn_calibration(
   return calibrate_classes(image, best, source.tags)
 
 
-def _score(model, variables, source, store, settings):
+def _score(model, variables, source, store, settings, cache):
   """Yields host batches with their scores, averaged over flips."""
   score = make_score_step(model, mil_share=settings.mil_share)
   streams = [
@@ -200,6 +217,8 @@ def _score(model, variables, source, store, settings):
     for flip in ((False, True) if settings.flip else (False,))
   ]
   for batches in zip(*streams, strict=True):
+    if cache is not None:
+      batches = [cache.attach(batch) for batch in batches]
     views = [jax.device_get(score(variables, batch)) for batch in batches]
     scores = views[0]
     if settings.flip:

@@ -18,7 +18,8 @@ class Neck(nn.Module):
   Attributes:
     widths: units of each layer; the paper has (4096, 4096).
     dropout: rate after each layer.
-    input_dropout: rate on the pooled features themselves.
+    input_dropout: rate on the pooled features themselves; an image's proposals
+      lose the same ones, so that they stay comparable.
   """
 
   widths: tuple[int, ...] = (4096, 4096)
@@ -28,7 +29,9 @@ class Neck(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Maps [B, P, D] to [B, P, widths[-1]]."""
-    x = nn.Dropout(self.input_dropout, deterministic=not train)(x)
+    x = nn.Dropout(
+      self.input_dropout, broadcast_dims=(1,), deterministic=not train
+    )(x)
     for i, width in enumerate(self.widths):
       x = nn.Dense(
         width,

@@ -27,8 +27,9 @@ class ProposalFeatures(nn.Module):
       `pallas_kernels.superpixel_masks`.
     reduce: "flatten" keeps the bins apart; "mean" averages the non-empty bins,
       which ties linear heads over the bins.
-    average: append the average of the features over the segment (over the box
-      when `pooling` is not masked).
+    average: append the average of the features over the segment, each cell
+      weighted by how much of it the segment covers (over the box when `pooling`
+      is not masked).
     center: subtract the mean proposal and divide by the spread; both are
       constants that calibration sets.
     size_exponents: scale the pooled part and the averaged part by the
@@ -69,13 +70,10 @@ class ProposalFeatures(nn.Module):
   def _pool_image(self, features, superpixels, membership, boxes):
     grid = pk.grid_boxes(boxes, stride=self.stride)
     if self.pooling == "moi":
-      masks = pk.superpixel_masks(
-        superpixels,
-        membership,
-        grid,
-        stride=self.stride,
-        availability=self.availability,
+      weights = pk.superpixel_coverage(
+        superpixels, membership, stride=self.stride
       )
+      masks = pk.available_cells(weights, grid, availability=self.availability)
       pooled = pk.moi_pool(
         features,
         masks,
@@ -85,7 +83,7 @@ class ProposalFeatures(nn.Module):
       )
       bins = pk.available_bins(masks, grid, output_size=self.output_size)
     else:
-      masks = box_masks(grid, features.shape[:2])
+      weights = box_masks(grid, features.shape[:2])
       bins = jnp.ones((len(boxes), *self.output_size), bool)
       if self.pooling == "roi":
         pooled = pk.roi_pool(features, grid, output_size=self.output_size)
@@ -106,7 +104,7 @@ class ProposalFeatures(nn.Module):
     else:
       raise ValueError(f"reduce is {self.reduce!r}; wanted 'flatten' or 'mean'")
     if self.average:
-      parts.append(pk.masked_average(features, masks).astype(jnp.float32))
+      parts.append(pk.masked_average(features, weights))
     return parts
 
   def _centred(self, index: int, part: jax.Array) -> jax.Array:

@@ -36,10 +36,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
-import tqdm
 from array_record.python import array_record_module
 
 from jtsm_jax.proposals import generate
+from jtsm_jax.reporting.console import progress
 from jtsm_jax.types import InputError, Proposals, Record
 
 MAGIC = b"JTSM"
@@ -131,13 +131,17 @@ def propose_all(
       stale.unlink()
     shards = _shard_paths(path)
     known = set(_image_places(shards))
+    ids = getattr(source, "image_ids", None)
+    if ids is not None and known.issuperset(ids):  # no need to read the images
+      seconds = time.monotonic() - start
+      return ProposeReport(0, len(source), (), seconds)
     next_shard = 1 + max((int(p.stem[-5:]) for p in shards), default=-1)
     allowed = max(1, int(max_bad_fraction * len(source)))
 
     made, kept, pending, bad = 0, 0, [], []
     quarantine = path / "quarantine.txt"
     quarantine.unlink(missing_ok=True)
-    bar = tqdm.tqdm(total=len(source), desc="propose", unit="image")
+    bar = progress(description="propose", total=len(source), unit="image")
 
     def flush() -> None:
       nonlocal next_shard

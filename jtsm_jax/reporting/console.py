@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -43,7 +44,8 @@ def progress(
   line = (
     "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
   )
-  return _LogLines(**shared, mininterval=10, bar_format=line)
+  # miniters: without, a rate that falls would silence it for long.
+  return _LogLines(**shared, mininterval=10, miniters=1, bar_format=line)
 
 
 class _LogLines(tqdm.tqdm):
@@ -58,6 +60,26 @@ class _LogLines(tqdm.tqdm):
       file.flush()
 
     return print_status
+
+  # A log has no cursor to move and nothing to wipe out or draw again.
+
+  def moveto(self, n: int) -> None:
+    pass
+
+  def clear(self, nolock: bool = False) -> None:
+    pass
+
+  @classmethod
+  def external_write_mode(cls, file=None, nolock=False):
+    return contextlib.nullcontext()
+
+  def close(self) -> None:
+    """Writes the last line, unless it stands there already."""
+    if not self.disable:
+      if self.last_print_n < self.n:
+        self.refresh()
+      self.disable = True
+      self._decr_instances(self)
 
 
 def format_duration(seconds: float) -> str:

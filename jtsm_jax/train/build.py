@@ -5,8 +5,10 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
+import jax
 import ml_collections
 import optax
+from absl import logging
 
 from jtsm_jax.models import efficientnet_lite, pretrained, resnet_ws
 from jtsm_jax.models.features import FeatureExtractor
@@ -15,6 +17,7 @@ from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.models.neck_and_heads import MiningHeads, Neck, TagHead
 from jtsm_jax.models.proposal_features import ProposalFeatures
 from jtsm_jax.models.semantic_branch import SemanticBranch
+from jtsm_jax.train.feature_cache import FeatureCache, cache_bytes
 from jtsm_jax.train.schedule import make_optimizer, step_decay
 from jtsm_jax.train.step import LossSettings, MiningSettings
 from jtsm_jax.types import Categories, InputError
@@ -193,6 +196,45 @@ def mining_settings(
 def loss_settings(config: ml_collections.ConfigDict) -> LossSettings:
   """`config.losses` as plain settings."""
   return LossSettings(**config.losses)
+
+
+def open_feature_cache(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  model: JTSM,
+  variables: Any,
+  split: str,
+  num_images: int,
+) -> FeatureCache | None:
+  """The cache of a split; None where features change, or would not fit."""
+  frozen = config.backbone.freeze == "all"
+  if not (config.backbone.cache and frozen and jax.process_count() == 1):
+    return None
+  canvases = (
+    config.data.canvases if split == "train" else config.data.eval_canvases
+  )
+  size = cache_bytes(
+    model,
+    variables,
+    canvases=tuple(tuple(c) for c in canvases),
+    num_images=num_images,
+  )
+  if size > config.backbone.cache_gib * 2**30:
+    logging.warning(
+      "the features of %r would take %.1f GiB on disk, above "
+      "config.backbone.cache_gib = %.1f: they are computed every time",
+      split,
+      size / 2**30,
+      config.backbone.cache_gib,
+    )
+    return None
+  return FeatureCache(
+    pathlib.Path(config.backbone.cache_dir or workdir / "features"),
+    model=model,
+    variables=variables,
+    split=split,
+    num_images=num_images,
+  )
 
 
 def _stages(name: str) -> dict[str, str]:

@@ -148,5 +148,6 @@ def _warn_damaged(manager, step, error) -> None:
 
 
 def _in_flight_tree(mined: list[Any]) -> dict[str, Any]:
-  # The count is there because Orbax cannot store an empty tree.
-  return {"count": np.int32(len(mined)), "mined": mined}
+  # The count is there because Orbax cannot store an empty tree. It is an array
+  # because Orbax saves numpy scalars but refuses them as a template.
+  return {"count": np.array(len(mined), np.int32), "mined": mined}

@@ -8,59 +8,80 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jtsm_jax.models.jtsm import JTSM
+from jtsm_jax.models.pretrained import weights_hash
 from jtsm_jax.types import Batch
 
 DTYPE = np.float16
 
 
 class FeatureCache:
-  """Feature maps by (canvas, image, flip), in one file per canvas.
+  """Feature maps of one split by (canvas, image, flip), a file per canvas.
 
-  Safe to delete at any time between runs. A file that was interrupted holds
-  whole rows only where its marks say so.
-
-  Attributes:
-    directory: the folder; its name carries the hash of the weights, so that
-      other weights never meet these files.
+  Safe to delete at any time between runs. The folder's name carries the hash of
+  what the features depend on, so that other weights never meet these files. A
+  file that was interrupted holds whole rows only where its marks say so.
   """
 
-  def __init__(self, directory: pathlib.Path, *, num_images: int):
-    """Opens the cache of `num_images` images, making `directory`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    self.directory = directory
-    self._num_images = num_images
-    self._files: dict[str, tuple[np.memmap, np.memmap]] = {}
-
-  def attach(
-    self, batch: Batch, extract: Callable[[np.ndarray], jax.Array]
-  ) -> Batch:
-    """Replaces the images of a batch by their features.
+  def __init__(
+    self,
+    root: pathlib.Path,
+    *,
+    model: JTSM,
+    variables: Any,
+    split: str,
+    num_images: int,
+  ):
+    """Opens or makes the cache.
 
     Args:
-      batch: with images, on the host.
-      extract: from uint8 images [B, H, W, 3] to features [B, Hf, Wf, C]; called
-        only if one of the images is not in the cache.
+      root: folder of all caches of a run.
+      model: its extractor must be frozen.
+      variables: what `model.apply` takes.
+      split: name of the split; images are told apart by their position in it.
+      num_images: N of the split.
+    """
+    # A copy: the training step gives the memory of its state back.
+    used = {
+      name: jax.tree.map(jnp.copy, {"extractor": tree["extractor"]})
+      for name, tree in variables.items()
+      if "extractor" in tree
+    }
+    self._folder = root / weights_hash(jax.device_get(used))[:16]
+    self._folder.mkdir(parents=True, exist_ok=True)
+    self._split = split
+    self._num_images = num_images
+    self._files: dict[str, tuple[np.memmap, np.memmap]] = {}
+    extract = jax.jit(
+      lambda variables, images: model.apply(variables, images, method="extract")
+    )
+    self._extract: Callable[[np.ndarray], jax.Array] = lambda images: extract(
+      used, images
+    )
 
-    Returns:
-      The batch with features and without images.
+  def attach(self, batch: Batch) -> Batch:
+    """Replaces the images of a host batch by their features.
+
+    Features that are not in the cache are computed and written to it.
     """
     height, width = batch.images.shape[1:3]
-    name = f"{height}x{width}"
+    name = f"{self._split}-{height}x{width}"
     # Padding examples share the row of image 0 without being written.
     real = batch.image_index >= 0
     rows = 2 * np.where(real, batch.image_index, 0) + batch.flip
     if name not in self._files:
-      shape = jax.eval_shape(extract, batch.images).shape[1:]
+      shape = jax.eval_shape(self._extract, batch.images).shape[1:]
       self._files[name] = self._open(name, shape)
     maps, marks = self._files[name]
-    if not marks[rows[real]].all():
-      features = np.asarray(extract(batch.images)).astype(DTYPE)
-      maps[rows[real]] = features[real]
-      marks[rows[real]] = 1
+    for i in np.flatnonzero(real & (marks[rows] == 0)):
+      maps[rows[i]] = np.asarray(self._extract(batch.images[i : i + 1])[0])
+      marks[rows[i]] = 1
     # Read back what was written: the first epoch sees what later ones see.
     features = np.where(
       real[:, None, None, None], maps[rows], np.zeros((), DTYPE)
@@ -69,7 +90,7 @@ class FeatureCache:
 
   def _open(self, name, shape):
     def file(suffix, dtype, shape):
-      path = self.directory / f"{name}{suffix}"
+      path = self._folder / f"{name}{suffix}"
       rows = 2 * self._num_images
       size = rows * int(np.prod(shape)) * np.dtype(dtype).itemsize
       exists = path.exists() and path.stat().st_size == size
@@ -80,11 +101,20 @@ class FeatureCache:
 
 
 def cache_bytes(
-  num_images: int,
+  model: JTSM,
+  variables: Any,
+  *,
   canvases: tuple[tuple[int, int], ...],
-  stride: int,
-  channels: int,
+  num_images: int,
 ) -> int:
   """Size on disk of a full cache."""
-  cells = sum((h // stride) * (w // stride) for h, w in canvases)
-  return 2 * num_images * cells * channels * DTYPE().itemsize
+  total = 0
+  for height, width in canvases:
+    image = jax.ShapeDtypeStruct((1, height, width, 3), np.uint8)
+    features = jax.eval_shape(
+      lambda variables, image: model.apply(variables, image, method="extract"),
+      variables,
+      image,
+    )
+    total += 2 * num_images * features.size * DTYPE().itemsize
+  return total

@@ -8,7 +8,6 @@ import os
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import ml_collections
@@ -19,14 +18,12 @@ from jtsm_jax.data.pipeline import make_pipeline
 from jtsm_jax.data.prepared import PreparedData, RecordSource
 from jtsm_jax.mining.labels import slots_needed
 from jtsm_jax.mining.masks import MaskReestimator
-from jtsm_jax.models.jtsm import JTSM
-from jtsm_jax.models.pretrained import weights_hash
 from jtsm_jax.proposals.store import ProposalStore
 from jtsm_jax.reporting.console import progress
 from jtsm_jax.train import build, checkpoints, reestimation
 from jtsm_jax.train import step as step_parts
 from jtsm_jax.train.calibrate import calibrate
-from jtsm_jax.train.feature_cache import FeatureCache, cache_bytes
+from jtsm_jax.train.feature_cache import FeatureCache
 from jtsm_jax.train.metrics import MetricWriter
 from jtsm_jax.train.sharding import make_mesh, put_batch, replicated
 from jtsm_jax.train.state import TrainState, create_state
@@ -148,7 +145,7 @@ def train(
     state = jax.device_put(state, replicated(mesh))
   else:
     state, waiting, batches = restored
-    logging.info("going on from step %d in %s", int(state.step), workdir)
+    print(f"train: going on from step {int(state.step)} of {last_step}")
   first_step = int(state.step)
 
   # The jitted parts of a step, and what serves them on the host.
@@ -160,25 +157,28 @@ def train(
     key, model, num_things=categories.num_things, losses=losses
   )
   apply_gradients = step_parts.make_apply_gradients(optimizer)
-  extract = jax.jit(
-    lambda variables, images: model.apply(variables, images, method="extract")
-  )
-  cacheable = can_cache(config, model, example, num_images=len(source))
-  cache = None
   reestimator = MaskReestimator(
     init=config.reestimation.init,
     iterations=config.reestimation.iterations,
     longest_side=config.reestimation.longest_side,
     workers=config.reestimation.threads or os.cpu_count(),
-    cache_dir=workdir / "masks",
+    cache_dir=workdir / "masks" / store.path.name,
   )
   submit = functools.partial(
     reestimation.submit, reestimator, source=source, store=store
   )
+
+  def open_cache(state: TrainState) -> FeatureCache | None:
+    return build.open_feature_cache(
+      config, workdir, model, state.variables, "train", len(source)
+    )
+
+  cache = open_cache(state) if first_step >= warm_up_steps else None
   in_flight = collections.deque()
   for i, mined in enumerate(waiting):
     mined_at = first_step - len(waiting) + i
     _, batch = next(pipeline(mined_at, start=mined_at - warm_up_steps))
+    batch = cache.attach(batch) if cache else batch
     in_flight.append((batch, mined, submit(batch, mined)))
 
   # The steps.
@@ -195,15 +195,9 @@ def train(
       state, metrics = tag_step(state, put_batch(batch, mesh))
       if step + 1 == warm_up_steps:
         state, batches = begin_mining(state), pipeline(last_step)
+        cache = open_cache(state)
     else:
-      if cacheable and cache is None:
-        cache = FeatureCache(
-          workdir / "features" / weights_hash(extractor_variables(state)),
-          num_images=len(source),
-        )
-      if cache is not None:
-        features = functools.partial(extract, state.variables)
-        batch = cache.attach(batch, features)
+      batch = cache.attach(batch) if cache else batch
       device_batch = put_batch(batch, mesh)
       grads, mined, metrics = mining_gradients(state, device_batch)
       grads = [grads]
@@ -232,7 +226,7 @@ def train(
         values["reestimation/hits"] = reestimator.hits
         values["reestimation/misses"] = reestimator.misses
       writer.write(done, values)
-      bar.set_postfix_str(summary(values))
+      bar.set_postfix_str(summary(values), refresh=False)
     evaluated = None
     if evaluate is not None and (
       done % config.train.evaluate_every == 0 and done < last_step
@@ -315,48 +309,6 @@ def check_finite(
       f"{ids}. The checkpoint before it is kept; try a lower "
       "--config.train.learning_rate"
     )
-
-
-def can_cache(
-  config: ml_collections.ConfigDict,
-  model: JTSM,
-  example: Batch,
-  *,
-  num_images: int,
-) -> bool:
-  """Whether the backbone's features never change, and fit on disk."""
-  frozen = config.backbone.freeze == "all"
-  if not (config.backbone.cache and frozen and jax.process_count() == 1):
-    return False
-  features = jax.eval_shape(
-    lambda: model.init_with_output(
-      jax.random.key(0), example.images, method="extract"
-    )
-  )[0]
-  size = cache_bytes(
-    num_images,
-    tuple(tuple(c) for c in config.data.canvases),
-    model.extractor.stride,
-    features.shape[-1],
-  )
-  fits = size < config.backbone.cache_gib * 2**30
-  if not fits:
-    logging.warning(
-      "the features of the frozen backbone would take %.1f GiB on disk, above "
-      "config.backbone.cache_gib = %.1f: they are computed in every step",
-      size / 2**30,
-      config.backbone.cache_gib,
-    )
-  return fits
-
-
-def extractor_variables(state: TrainState) -> dict[str, Any]:
-  """What the features depend on: weights, statistics and projection."""
-  return {
-    name: tree["extractor"]
-    for name, tree in state.variables.items()
-    if "extractor" in tree
-  }
 
 
 def mined_zeros(batch_size: int, num_slots: int, example: Batch) -> Mined:

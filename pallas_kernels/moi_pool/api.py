@@ -98,28 +98,30 @@ def moi_pool(
 
 
 def masked_average(features: jax.Array, masks: jax.Array) -> jax.Array:
-  """The mean of the features over the available cells of each proposal.
+  """The mean of the features over the cells of each proposal.
 
   Args:
     features: [Hf, Wf, C] float.
-    masks: [P, Hf, Wf] bool.
+    masks: [P, Hf, Wf] bool, or float weights >= 0 such as
+      `superpixel_coverage`.
 
   Returns:
-    [P, C] float32; 0 for a proposal without an available cell.
+    [P, C] float32; 0 for a proposal without a cell.
 
   Raises:
     ValueError: an argument has the wrong shape or dtype.
   """
   features, masks = jnp.asarray(features), jnp.asarray(masks)
   _check_features(features)
-  _check_masks(features, masks)
+  _check_masks(features, masks, weights=True)
   weights = masks.reshape(masks.shape[0], -1).astype(jnp.float32)
   total = jnp.matmul(
     weights,
     features.reshape(-1, features.shape[-1]).astype(jnp.float32),
     precision=lax.Precision.HIGHEST,
   )
-  return total / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1)
+  weight = jnp.sum(weights, axis=1, keepdims=True)
+  return total / jnp.where(weight > 0, weight, 1)
 
 
 def check_pooling(
@@ -150,14 +152,16 @@ def _check_features(features):
     )
 
 
-def _check_masks(features, masks):
+def _check_masks(features, masks, *, weights=False):
+  is_float = jnp.issubdtype(masks.dtype, jnp.floating)
   if (
     masks.ndim != 3
     or masks.shape[1:] != features.shape[:2]
-    or masks.dtype != jnp.bool_
+    or not (masks.dtype == jnp.bool_ or (weights and is_float))
   ):
     height, width, _ = features.shape
+    kind = "bool or float" if weights else "bool"
     raise ValueError(
       f"masks: found {masks.dtype}{list(masks.shape)}, wanted"
-      f" bool[P, {height}, {width}] on the grid of the features"
+      f" {kind}[P, {height}, {width}] on the grid of the features"
     )

@@ -1,0 +1,55 @@
+"""The instance branch: shapes, and that it sees its box alone."""
+
+import jax
+import numpy as np
+
+from jtsm_jax.models.instance_branch import MASK_SIZE, InstanceBranch
+
+BRANCH = InstanceBranch(num_things=3, channels=4, num_convs=2, stride=8)
+
+
+def _variables(branch, features, boxes):
+  shapes = jax.eval_shape(branch.init, jax.random.key(0), features, boxes)
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda s: rng.normal(0, 0.5, s.shape).astype(np.float32), shapes
+  )
+
+
+def test_paper_layers():
+  branch = InstanceBranch(num_things=20)
+  shapes = jax.eval_shape(
+    branch.init,
+    jax.random.key(0),
+    np.zeros((1, 8, 8, 512), np.float32),
+    np.zeros((1, 2, 4), np.float32),
+  )["params"]
+  kernels = {name: layer["kernel"].shape for name, layer in shapes.items()}
+  assert kernels == {
+    "conv1": (3, 3, 512, 256),
+    **{f"conv{i}": (3, 3, 256, 256) for i in (2, 3, 4)},
+    "deconv": (2, 2, 256, 256),
+    "predictor": (256, 20),
+  }
+
+
+def test_logits_of_a_box_depend_on_its_cells_only():
+  rng = np.random.default_rng(1)
+  features = rng.normal(size=(2, 9, 9, 5)).astype(np.float32)
+  # The same cells at another place, in another image, among other boxes.
+  features[1, 5:9, 4:8] = features[0, 1:5, 2:6]
+  boxes = np.array(
+    [
+      [[12, 20, 36, 44], [0, 0, 72, 72]],
+      [[8, 0, 16, 60], [44, 36, 68, 60]],
+    ],
+    np.float32,
+  )
+  variables = _variables(BRANCH, features, boxes)
+  found = jax.jit(BRANCH.apply)(variables, features, boxes)
+  assert found.shape == (2, 2, MASK_SIZE, MASK_SIZE, 3)
+  scale = np.abs(found[0, 0]).max()
+  np.testing.assert_allclose(
+    found[0, 0] / scale, found[1, 1] / scale, atol=1e-5
+  )
+  assert np.abs(found[0, 0] - found[0, 1]).max() > 0.1 * scale

@@ -1,0 +1,190 @@
+"""A model, batches and weights small enough for every test."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from jtsm_jax.models.features import FeatureExtractor
+from jtsm_jax.models.instance_branch import InstanceBranch
+from jtsm_jax.models.jtsm import JTSM
+from jtsm_jax.models.neck_and_heads import MiningHeads, Neck, TagHead
+from jtsm_jax.models.proposal_features import ProposalFeatures
+from jtsm_jax.models.semantic_branch import SemanticBranch
+from jtsm_jax.types import Batch, Mined, PseudoMasks
+
+CANVAS = (64, 64)
+IMAGE = (40, 48)  # leaves at least two cells of padding on the canvas
+STRIDE = 8
+P = 12
+S = 10
+NUM_THINGS = 3
+NUM_STUFF = 2
+K = NUM_THINGS + NUM_STUFF
+
+
+class Backbone(nn.Module):
+  """Two strided convolutions: a cell sees nothing but its own pixels."""
+
+  @nn.compact
+  def __call__(self, images, *, train):
+    conv = nn.Conv(6, (4, 4), strides=4, padding="VALID", name="fine_conv")
+    fine = nn.relu(conv(images))
+    fine = nn.BatchNorm(use_running_average=not train, name="fine_norm")(fine)
+    conv = nn.Conv(8, (2, 2), strides=2, padding="VALID", name="coarse_conv")
+    return {"fine": fine, "coarse": nn.relu(conv(fine))}
+
+
+def normalise(images):
+  """Maps uint8 to about -1 .. 1."""
+  return images / 128.0 - 1.0
+
+
+def make_model(
+  *,
+  outputs=("coarse",),
+  frozen=True,
+  projection=0,
+  dropout=0.0,
+  num_refinements=2,
+  zero_init=False,
+  center=False,
+  average=False,
+  instance=True,
+  semantic=True,
+):
+  """A whole model on the backbone above."""
+  return JTSM(
+    extractor=FeatureExtractor(
+      backbone=Backbone(),
+      normalise=normalise,
+      outputs=outputs,
+      stride=STRIDE,
+      projection=projection,
+      frozen=frozen,
+    ),
+    proposal_features=ProposalFeatures(
+      stride=STRIDE, output_size=(2, 2), center=center, average=average
+    ),
+    neck=Neck(widths=(16,), dropout=dropout),
+    heads=MiningHeads(
+      num_classes=K, num_refinements=num_refinements, zero_init=zero_init
+    ),
+    tag_head=TagHead(num_classes=K),
+    instance=InstanceBranch(
+      num_things=NUM_THINGS, channels=4, num_convs=1, stride=STRIDE
+    )
+    if instance
+    else None,
+    semantic=SemanticBranch(num_stuff=NUM_STUFF, channels=4)
+    if semantic
+    else None,
+  )
+
+
+def make_batch(batch_size=2, *, seed=0, image=IMAGE, canvas=CANVAS):
+  """Random images in the top left of a canvas, Voronoi cells as superpixels.
+
+  Each image is tagged with at least one thing and one stuff class.
+  """
+  rng = np.random.default_rng(seed)
+  height, width = image
+  batch = Batch(
+    image_index=np.arange(batch_size, dtype=np.int32),
+    images=np.zeros((batch_size, *canvas, 3), np.uint8),
+    features=None,
+    size=np.tile(np.array(image, np.int32), (batch_size, 1)),
+    flip=np.zeros(batch_size, bool),
+    tags=np.zeros((batch_size, K), np.float32),
+    superpixels=np.full((batch_size, *canvas), -1, np.int32),
+    membership=np.zeros((batch_size, P, S), bool),
+    boxes=np.zeros((batch_size, P, 4), np.float32),
+    valid=np.ones((batch_size, P), bool),
+  )
+  y, x = np.mgrid[:height, :width]
+  for b in range(batch_size):
+    batch.images[b, :height, :width] = rng.integers(0, 256, (*image, 3))
+    centres = rng.permutation(height * width)[:S]
+    distance = (y[..., None] - centres // width) ** 2
+    distance = distance + (x[..., None] - centres % width) ** 2
+    superpixels = distance.argmin(-1)
+    batch.superpixels[b, :height, :width] = superpixels
+    batch.tags[b, rng.integers(NUM_THINGS)] = 1
+    batch.tags[b, NUM_THINGS + rng.integers(NUM_STUFF)] = 1
+    for p in range(P):
+      batch.membership[b, p, rng.permutation(S)[: 1 + p % 4]] = True
+      rows, columns = np.nonzero(batch.membership[b, p][superpixels])
+      batch.boxes[b, p] = (
+        rows.min(),
+        columns.min(),
+        rows.max() + 1,
+        columns.max() + 1,
+      )
+  return batch
+
+
+def make_variables(model, batch, *, seed=0):
+  """Random variables; with numpy, since compiling `init` takes seconds."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0), batch)
+  rng = np.random.default_rng(seed)
+
+  def draw(path, x):
+    name = path[-1].key
+    if name in ("var", "scale") or name.startswith("scale_"):
+      value = rng.uniform(0.5, 1.5, x.shape)
+    elif x.ndim > 1:
+      value = rng.normal(0, np.sqrt(2 / np.prod(x.shape[:-1])), x.shape)
+    else:
+      value = rng.normal(0, 0.1, x.shape)
+    return np.asarray(value, np.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def proposal_masks(batch):
+  """[B, P, H, W] bool, pixel by pixel."""
+  return np.stack(
+    [
+      member[:, np.maximum(superpixels, 0)] & (superpixels >= 0)
+      for member, superpixels in zip(
+        np.asarray(batch.membership),
+        np.asarray(batch.superpixels),
+        strict=True,
+      )
+    ]
+  )
+
+
+def pseudo_masks(batch, mined, *, stride=4):
+  """The mined segments themselves as pseudo masks."""
+  mined = jax.device_get(mined)
+  masks = proposal_masks(batch)[:, :, stride // 2 :: stride, 2::stride]
+  rows = np.arange(len(masks))[:, None]
+  masks = masks[rows, mined.proposal] & mined.valid[:, :, None, None]
+  return PseudoMasks(masks, np.array(mined.valid))
+
+
+def make_mined(category, score, *, label=None, weight=None, slot=None):
+  """A `Mined` of the given slots [B, M]; all of them valid."""
+  category = np.asarray(category, np.int32)
+  label = category if label is None else np.asarray(label, np.int32)
+  ones = np.ones(label.shape, np.float32)
+  return Mined(
+    proposal=np.zeros_like(category),
+    category=category,
+    score=np.asarray(score, np.float32),
+    valid=np.ones(category.shape, bool),
+    label=label,
+    weight=ones if weight is None else np.asarray(weight, np.float32),
+    slot=np.zeros_like(label) if slot is None else np.asarray(slot, np.int32),
+  )
+
+
+def paths(tree):
+  """Leaves by path: {"neck/fc1/kernel": array}."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {
+    "/".join(str(getattr(k, "key", k)) for k in path): leaf
+    for path, leaf in leaves
+  }

@@ -1,0 +1,94 @@
+"""Constants against numpy on the features themselves."""
+
+import jax
+import numpy as np
+import pytest
+
+from jtsm_jax.train.calibrate import CELLS_PER_IMAGE, calibrate
+from jtsm_jax.train.state import TrainState
+from tests import tiny
+
+# 30 cells in each image: all of them are used.
+BATCHES = [tiny.make_batch(2, seed=s) for s in range(2)]
+PADDING = tiny.make_batch(2, seed=9)
+PADDING = PADDING.replace(
+  image_index=np.array([-1, -1], np.int32), valid=PADDING.valid & False
+)
+
+
+def _state(model):
+  variables = dict(tiny.make_variables(model, BATCHES[0]))
+  params = variables.pop("params")
+  return TrainState(
+    step=np.int32(0), params=params, model_state=variables, opt_state=None
+  )
+
+
+def _inside(maps):
+  rows, columns = (-(-side // tiny.STRIDE) for side in tiny.IMAGE)
+  return maps[:, :rows, :columns].reshape(-1, maps.shape[-1])
+
+
+def test_projection_is_the_svd_of_the_image_cells():
+  model = tiny.make_model(outputs=("coarse", "fine"), projection=3)
+  state = _state(model)
+  assert _inside(np.zeros((1, 8, 8, 1))).shape[0] <= CELLS_PER_IMAGE
+  calibrated = calibrate(model, state, [*BATCHES, PADDING], seed=0)
+
+  def apply(state, method, **options):
+    return np.concatenate(
+      [
+        _inside(
+          model.apply(state.variables, b.images, method=method, **options)
+        )
+        for b in BATCHES
+      ]
+    )
+
+  found = apply(calibrated, "extract")
+  np.testing.assert_allclose(found.mean(0), 0, atol=1e-5)
+  assert (found**2).mean() == pytest.approx(1, rel=1e-4)
+
+  cells = apply(state, "stages", train=False).astype(np.float64)
+  cells -= cells.mean(0)
+  for stage in (cells[:, :8], cells[:, 8:]):
+    stage /= np.sqrt((stage**2).sum(1).mean())
+  u, s, _ = np.linalg.svd(cells, full_matrices=False)
+  expected = u[:, :3] * s[:3]
+  expected /= np.sqrt((expected**2).mean())
+  expected *= np.sign((expected * found).sum(0))
+  np.testing.assert_allclose(found, expected, atol=5e-3)
+
+  # Nothing else changed, and the given state did not.
+  for old, new in ((state, calibrated), (_state(model), state)):
+    jax.tree.map(np.testing.assert_array_equal, old.params, new.params)
+  old = _state(model).model_state["constants"]
+  jax.tree.map(
+    np.testing.assert_array_equal, old, state.model_state["constants"]
+  )
+
+
+def test_centred_proposals_have_zero_mean_and_unit_spread():
+  model = tiny.make_model(center=True, average=True)
+  batches = [
+    b.replace(valid=b.valid & (np.arange(tiny.P) < 7 + i))
+    for i, b in enumerate(BATCHES)
+  ]
+  state = calibrate(model, _state(model), [*batches, PADDING], seed=0)
+
+  def describe(module, batch):
+    features = module.features(batch, train=False)
+    return module.proposal_features(features, batch)
+
+  apply = jax.jit(lambda b: model.apply(state.variables, b, method=describe))
+  found = np.concatenate([np.asarray(apply(b))[b.valid] for b in batches])
+  assert found.shape == (2 * 7 + 2 * 8, 2 * 2 * 8 + 8)
+  for part in (found[:, :32], found[:, 32:]):
+    np.testing.assert_allclose(part.mean(0), 0, atol=1e-4)
+    assert part.var(0).mean() == pytest.approx(1, rel=1e-3)
+
+
+def test_paper_model_has_nothing_to_calibrate():
+  model = tiny.make_model()
+  state = _state(model)
+  assert calibrate(model, state, [], seed=0) is state

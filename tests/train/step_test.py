@@ -1,0 +1,381 @@
+"""The pieces of a step: whose gradients they are, and that padding is nothing.
+
+The losses themselves are worked by hand in tests/losses.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jtsm_jax.evaluation.inference import make_score_step
+from jtsm_jax.train import step
+from jtsm_jax.train.schedule import make_optimizer
+from jtsm_jax.train.state import TrainState
+from tests import tiny
+
+KEY = jax.random.key(5)
+MINING = step.MiningSettings(num_things=tiny.NUM_THINGS, num_slots=5)
+LOSSES = step.LossSettings()
+BATCH = tiny.make_batch()
+OPTIMIZER = optax.sgd(0.05, momentum=0.9)
+
+
+def _state(model, *, optimizer=OPTIMIZER):
+  variables = dict(tiny.make_variables(model, BATCH))
+  params = variables.pop("params")
+  return TrainState(
+    step=jnp.int32(0),
+    params=params,
+    model_state=variables,
+    opt_state=optimizer.init(params),
+  )
+
+
+def _mining_loss(model, variables, batch):
+  return step.mining_loss(
+    model, variables, batch, KEY, mining=MINING, losses=LOSSES
+  )
+
+
+def _branch_loss(model, variables, batch, mined, pseudo):
+  return step.branch_loss(
+    model,
+    variables,
+    batch,
+    mined,
+    pseudo,
+    KEY,
+    num_things=tiny.NUM_THINGS,
+    losses=LOSSES,
+  )
+
+
+@functools.cache
+def _mined():
+  """Mined segments of BATCH and their pseudo masks."""
+  model = tiny.make_model()
+  state = _state(model)
+  mined = jax.jit(lambda v: _mining_loss(model, v, BATCH)[1][0])
+  mined = jax.device_get(mined(state.variables))
+  assert mined.valid.any(1).all()
+  return mined, tiny.pseudo_masks(BATCH, mined)
+
+
+def _reached(grads):
+  """Layers with any gradient at all, as "neck/fc1"."""
+  return {
+    path.rsplit("/", 1)[0]
+    for path, g in tiny.paths(grads).items()
+    if np.any(np.asarray(g) != 0)
+  }
+
+
+BACKBONE = {
+  f"extractor/backbone/{layer}"
+  for layer in ("fine_conv", "fine_norm", "coarse_conv")
+}
+TERMS = {
+  "loss/mil": {"heads/mil_classes", "heads/mil_proposals", "neck/fc1"},
+  "loss/refinement_1": {"heads/refinement_1", "neck/fc1"},
+  "loss/refinement_2": {"heads/refinement_2", "neck/fc1"},
+  "loss/instance": {
+    f"instance/{layer}" for layer in ("conv1", "deconv", "predictor")
+  },
+  "loss/semantic": {
+    f"semantic/{layer}" for layer in ("conv1", "conv2", "predictor")
+  },
+}
+
+
+@functools.cache
+def _term_gradients(frozen):
+  """The gradient of each term of the loss, from one compiled function."""
+  model = tiny.make_model(frozen=frozen)
+  state = _state(model)
+  names = list(TERMS)
+
+  @jax.jit
+  def gradient(params, which):
+    def loss(params):
+      variables = {"params": params, **state.model_state}
+      _, (_, metrics) = _mining_loss(model, variables, BATCH)
+      _, more = _branch_loss(model, variables, BATCH, *_mined())
+      metrics |= more
+      return sum(
+        jnp.where(which == i, metrics[name], 0.0)
+        for i, name in enumerate(names)
+      )
+
+    return jax.grad(loss)(params)
+
+  return {n: gradient(state.params, i) for i, n in enumerate(names)}
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("term", TERMS)
+def test_each_term_reaches_its_own_parameters_and_no_others(term, frozen):
+  # No head hears of another through pseudo labels, nor through their weights.
+  expected = TERMS[term] | (set() if frozen else BACKBONE)
+  assert _reached(_term_gradients(frozen)[term]) == expected
+
+
+def test_instance_term_moves_the_channels_of_mined_things_only():
+  mined, _ = _mined()
+  things = set(mined.label[mined.weight > 0].tolist())
+  things &= set(range(tiny.NUM_THINGS))
+  assert 0 < len(things) < tiny.NUM_THINGS
+  predictor = _term_gradients(True)["loss/instance"]["instance"]["predictor"]
+  moved = set(np.flatnonzero(np.any(predictor["kernel"] != 0, axis=0)).tolist())
+  assert moved == things
+
+
+def test_both_parts_of_a_step_sum_to_the_gradient_of_the_loss():
+  # Eq. 1 and 4 differentiated in one piece, dropout included.
+  model = tiny.make_model(dropout=0.5)
+  state = _state(model).replace(step=jnp.int32(3))
+  key = jax.random.fold_in(KEY, 3)
+  mined, pseudo = _mined()
+
+  def loss(params):
+    variables = {"params": params, **state.model_state}
+    mining, _ = step.mining_loss(
+      model, variables, BATCH, key, mining=MINING, losses=LOSSES
+    )
+    branch, _ = step.branch_loss(
+      model,
+      variables,
+      BATCH,
+      mined,
+      pseudo,
+      key,
+      num_things=tiny.NUM_THINGS,
+      losses=LOSSES,
+    )
+    return mining + branch
+
+  expected = jax.jit(jax.grad(loss))(state.params)
+  mining_gradients = step.make_mining_gradients(
+    KEY, model, mining=MINING, losses=LOSSES
+  )
+  branch_gradients = step.make_branch_gradients(
+    KEY, model, num_things=tiny.NUM_THINGS, losses=LOSSES
+  )
+  grads, new_mined, metrics = mining_gradients(state, BATCH)
+  branch_grads, branch_metrics = branch_gradients(state, BATCH, mined, pseudo)
+  assert {k for k in metrics | branch_metrics if "loss/" in k} == set(TERMS)
+  jax.tree.map(
+    lambda e, a, b: np.testing.assert_allclose(e, a + b, atol=1e-6),
+    expected,
+    grads,
+    branch_grads,
+  )
+
+  # The same step again gives the same bits; the next one other dropout.
+  again, mined_again, _ = mining_gradients(state, BATCH)
+  jax.tree.map(np.testing.assert_array_equal, grads, again)
+  jax.tree.map(np.testing.assert_array_equal, new_mined, mined_again)
+  other, _, _ = mining_gradients(state.replace(step=jnp.int32(4)), BATCH)
+  kernels = grads["neck"]["fc1"]["kernel"], other["neck"]["fc1"]["kernel"]
+  assert not np.allclose(*kernels)
+
+  # The update is that of the optimizer with the sum of the gradients.
+  params = jax.tree.map(np.asarray, state.params)
+  apply_gradients = step.make_apply_gradients(OPTIMIZER)
+  after = apply_gradients(jax.tree.map(jnp.array, state), grads, branch_grads)
+  assert int(after.step) == 4
+  jax.tree.map(
+    lambda p, g, new: np.testing.assert_allclose(
+      new, p - 0.05 * g, rtol=1e-4, atol=1e-6
+    ),
+    params,
+    expected,
+    after.params,
+  )
+
+
+def _pad_last(array, axis, count, value):
+  widths = [(0, 0)] * array.ndim
+  widths[axis] = (0, count)
+  return np.pad(array, widths, constant_values=value)
+
+
+def _more_proposals(batch):
+  boxes = _pad_last(batch.boxes, 1, 5, 0)
+  boxes[:, tiny.P :] = 0, 0, 1, 1
+  return batch.replace(
+    membership=_pad_last(batch.membership, 1, 5, False),
+    boxes=boxes,
+    valid=_pad_last(batch.valid, 1, 5, False),
+  )
+
+
+def _more_superpixels(batch):
+  # Nobody has their pixels; that a proposal claims one changes nothing.
+  return batch.replace(membership=_pad_last(batch.membership, 2, 3, True))
+
+
+def _larger_canvas(batch):
+  images = _pad_last(_pad_last(batch.images, 1, 32, 0), 2, 16, 0)
+  superpixels = _pad_last(_pad_last(batch.superpixels, 1, 32, -1), 2, 16, -1)
+  return batch.replace(images=images, superpixels=superpixels)
+
+
+def _more_examples(batch):
+  """Padding examples, as the pipeline makes them, and one of another make."""
+  empty = jax.tree.map(lambda x: np.zeros_like(x[:1]), batch)
+  empty = empty.replace(
+    image_index=np.array([-1], np.int32),
+    superpixels=empty.superpixels - 1,
+    boxes=empty.boxes + np.array([0, 0, 1, 1], np.float32),
+  )
+  return jax.tree.map(
+    lambda a, b: np.concatenate([a[:1], b, a[1:], b]), batch, empty
+  )
+
+
+@functools.cache
+def _outcome(pad):
+  """Losses, mined segments and scores of BATCH after `pad`."""
+  model = tiny.make_model(frozen=False)
+  variables = _state(model).variables
+  batch = pad(BATCH)
+  loss, (mined, metrics) = jax.jit(functools.partial(_mining_loss, model))(
+    variables, batch
+  )
+  mined = jax.device_get(mined)
+  pseudo = tiny.pseudo_masks(batch, mined)
+  branch, more = jax.jit(functools.partial(_branch_loss, model))(
+    variables, batch, mined, pseudo
+  )
+  scores = make_score_step(model)(variables, batch)
+  metrics = metrics | more | {"mining": loss, "branch": branch}
+  return (
+    {k: float(v) for k, v in metrics.items()},
+    dataclasses.asdict(mined),
+    np.asarray(scores.proposals),
+    np.asarray(scores.image),
+    np.asarray(scores.semantic),
+  )
+
+
+@pytest.mark.parametrize(
+  "pad", [_more_proposals, _more_superpixels, _larger_canvas, _more_examples]
+)
+def test_padding_changes_nothing(pad):
+  # The image keeps two cells from the border of the canvas, as far as the
+  # semantic branch sees: nearer, a convolution pads with zeros what on a
+  # larger canvas are features of black pixels.
+  real = [0, 2] if pad is _more_examples else [0, 1]
+  metrics, mined, *scores = _outcome(lambda batch: batch)
+  padded_metrics, padded_mined, *padded_scores = _outcome(pad)
+  assert padded_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+  for name, value in mined.items():
+    found = padded_mined[name][real]
+    if name in ("label", "weight", "slot"):
+      found = found[:, : tiny.P]
+    # The slots of things that are not there have no meaning.
+    used = mined["valid"] if value.shape == mined["valid"].shape else True
+    np.testing.assert_allclose(
+      np.where(used, found, 0), np.where(used, value, 0), atol=1e-6
+    )
+  rows, columns = (side // tiny.STRIDE for side in tiny.IMAGE)
+  for value, found in zip(scores, padded_scores, strict=True):
+    found = found[real]
+    if value.ndim == 4:
+      value, found = (x[:, :rows, :columns] for x in (value, found))
+    elif value.ndim == 3:
+      assert not found[:, tiny.P :].any()
+      found = found[:, : tiny.P]
+    np.testing.assert_allclose(found, value, atol=1e-5)
+  if pad is _more_proposals:
+    assert not padded_mined["weight"][:, tiny.P :].any()
+  if pad is _more_examples:
+    assert not padded_mined["valid"][[1, 3]].any()
+    assert not padded_mined["weight"][[1, 3]].any()
+
+
+def test_mining_metrics_by_hand():
+  mined, _ = _mined()
+  y = np.where(BATCH.tags > 0, 0.9, 0.2).astype(np.float32)
+  y[0, 0] = 0.9 if BATCH.tags[0, 0] == 0 else 0.2  # one of ten is wrong
+  found = step.mining_metrics(mined, y, BATCH)
+  area = [
+    tiny.proposal_masks(BATCH)[b, mined.proposal[b, m]].sum()
+    / np.prod(tiny.IMAGE)
+    for b, m in zip(*np.nonzero(mined.valid), strict=True)
+  ]
+  expected = {
+    "tags/accuracy": 0.9,
+    "mining/area": np.mean(area),
+    "mining/score": mined.score[mined.valid].mean(),
+    "mining/positive": (mined.label < tiny.K).mean(),
+  }
+  assert {k: float(v) for k, v in found.items()} == pytest.approx(expected)
+
+
+def test_tag_step_trains_backbone_and_tag_head_only():
+  model = tiny.make_model(instance=False, semantic=False)
+  params = tiny.make_variables(model, BATCH)["params"]
+  # Everything may move: what has no gradient stays.
+  optimizer = make_optimizer(
+    params,
+    name="sgd",
+    schedule=optax.constant_schedule(0.1),
+    weight_decay=0.0,
+    trained=("",),
+  )
+  state = _state(model, optimizer=optimizer)
+  padded = jax.tree.map(lambda x: np.concatenate([x, x[:1]]), BATCH)
+  padded = padded.replace(image_index=np.array([0, 1, -1], np.int32))
+  tag_step = step.make_tag_step(KEY, model, optimizer)
+  after, metrics = tag_step(state, padded)
+  moved = _reached(
+    jax.tree.map(lambda a, b: a - b, after.params, dict(state.params))
+  )
+  assert moved == BACKBONE | {"tag_head/Dense_0"}
+  assert int(after.step) == 1
+  # The norm layers learn the statistics of the batch.
+  old, new = (
+    s.model_state["batch_stats"]["extractor"]["backbone"]["fine_norm"]["mean"]
+    for s in (state, after)
+  )
+  assert not np.allclose(old, new)
+  again, metrics_again = tag_step(state, padded)
+  jax.tree.map(np.testing.assert_array_equal, after, again)
+  assert float(metrics["loss/tags"]) == float(metrics_again["loss/tags"])
+  # In the loss the padding example does not count: its tags are not read.
+  other = padded.replace(tags=padded.tags * np.array([[1], [1], [0]]))
+  _, found = tag_step(state, other)
+  assert float(found["loss/tags"]) == float(metrics["loss/tags"])
+
+
+def test_augment_turns_square_images_and_shuffles_channels():
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (8, 8, 3), np.uint8)
+  images = jnp.array(np.stack([image] * 200))
+  size = np.full((200, 2), 8)
+  size[100:] = 8, 6  # does not fill the canvas: is not turned
+  found = np.asarray(jax.jit(step.augment)(KEY, images, size))
+  orders = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
+  all_ways = {
+    np.rot90(image, k)[..., order].tobytes(): (k, order)
+    for k in range(4)
+    for order in orders
+  }
+  ways = [all_ways[x.tobytes()] for x in found]
+  assert len(set(ways[:100])) == 24 or len(set(ways[:100])) > 18
+  assert {order for _, order in ways} == set(orders)
+  assert {k for k, _ in ways[:100]} == {0, 1, 2, 3}
+  assert {k for k, _ in ways[100:]} == {0}
+
+
+def test_augment_leaves_oblong_canvases_upright():
+  images = np.zeros((3, 4, 6, 3), np.uint8)
+  images[:, 0] = 1, 2, 3  # the top row
+  found = step.augment(KEY, jnp.array(images), np.tile([4, 6], (3, 1)))
+  assert np.asarray(found)[:, 0].sum() == images.sum()
