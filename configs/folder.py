@@ -56,5 +56,6 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.evaluate_every = 500
 
   c.evaluation.calibrate = True
+  c.evaluation.mil_share = 0.5
   c.evaluation.batch_size = 8
   return c

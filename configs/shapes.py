@@ -24,11 +24,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.backbone.pretrained = "imagenet"
   c.backbone.stride = 16
   c.backbone.outputs = ("stage3", "stage5", "head")
-  c.backbone.projection = 128
+  c.backbone.projection = 64
 
   c.pooling.availability = "coverage"
   c.pooling.output_size = (4, 4)
-  c.pooling.reduce = "mean"
   c.pooling.average = True
   c.pooling.center = True
   c.pooling.size_exponents = (0.25, 0.5)
@@ -39,8 +38,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.instance.channels = 64
   c.semantic.channels = 64
   c.reestimation.longest_side = 160
-  c.reestimation.start = 600
-  c.losses.instances_per_image = 16
+  c.reestimation.start = 1000
+  c.losses.instances_per_image = 8
 
   c.train.steps = 1500
   c.train.batch_size = 8
@@ -50,8 +49,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.weight_decay = 0.1
   c.train.log_every = 50
   c.train.checkpoint_every = 500
-  c.train.evaluate_every = 500
+  c.train.evaluate_every = 5000
 
   c.evaluation.calibrate = True
+  c.evaluation.mil_share = 0.5
   c.evaluation.batch_size = 8
   return c

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jtsm_jax.models.features import FeatureExtractor
@@ -144,25 +145,19 @@ def make_variables(model, batch, *, seed=0):
 
 def proposal_masks(batch):
   """[B, P, H, W] bool, pixel by pixel."""
-  return np.stack(
-    [
-      member[:, np.maximum(superpixels, 0)] & (superpixels >= 0)
-      for member, superpixels in zip(
-        np.asarray(batch.membership),
-        np.asarray(batch.superpixels),
-        strict=True,
-      )
-    ]
-  )
+
+  def one(membership, superpixels):
+    return membership[:, jnp.maximum(superpixels, 0)] & (superpixels >= 0)
+
+  return jax.vmap(one)(jnp.asarray(batch.membership), batch.superpixels)
 
 
 def pseudo_masks(batch, mined, *, stride=4):
   """The mined segments themselves as pseudo masks."""
-  mined = jax.device_get(mined)
-  masks = proposal_masks(batch)[:, :, stride // 2 :: stride, 2::stride]
-  rows = np.arange(len(masks))[:, None]
-  masks = masks[rows, mined.proposal] & mined.valid[:, :, None, None]
-  return PseudoMasks(masks, np.array(mined.valid))
+  middle = slice(stride // 2, None, stride)
+  masks = proposal_masks(batch)[:, :, middle, middle]
+  masks = jnp.take_along_axis(masks, mined.proposal[..., None, None], axis=1)
+  return PseudoMasks(masks & mined.valid[..., None, None], mined.valid)
 
 
 def make_mined(category, score, *, label=None, weight=None, slot=None):

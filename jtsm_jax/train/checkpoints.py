@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jtsm_jax.train.state import TrainState
@@ -55,13 +57,18 @@ def save(
     iterator: the grain iterator of the training batches.
     metrics: {"pq": ...} when this state was evaluated.
   """
+  items = {
+    "state": ocp.args.StandardSave(state),
+    "in_flight": ocp.args.StandardSave(_in_flight_tree(in_flight)),
+    "data": grain.checkpoint.CheckpointSave(iterator),
+  }
+  if metrics is not None:
+    # Orbax writes `metrics` only with `best_fn`, and then asks for them in
+    # every save. Without this file a resumed run forgets which one is best.
+    items["metrics"] = ocp.args.JsonSave(metrics)
   manager.save(
     int(state.step),
-    args=ocp.args.Composite(
-      state=ocp.args.StandardSave(state),
-      in_flight=ocp.args.StandardSave(_in_flight_tree(in_flight)),
-      data=grain.checkpoint.CheckpointSave(iterator),
-    ),
+    args=ocp.args.Composite(**items),
     metrics=metrics,
     force=True,
   )
@@ -73,7 +80,8 @@ def restore_latest(
 ) -> tuple[TrainState, list[Any], Any] | None:
   """Restores the newest checkpoint that can be read.
 
-  A damaged one is named in a warning and the one before it is taken.
+  A damaged one is named in a warning and the one before it is taken. It is
+  moved out of the folder, since the run will save the same step again.
 
   Args:
     manager: from `open_checkpoints`.
@@ -88,7 +96,7 @@ def restore_latest(
     InputError: there are checkpoints and none of them can be read.
   """
   steps = sorted(manager.all_steps(), reverse=True)
-  for step in steps:
+  for tried, step in enumerate(steps):
     state, in_flight, iterator = template_at(step)
     args = ocp.args.Composite(
       state=ocp.args.StandardRestore(state),
@@ -100,6 +108,7 @@ def restore_latest(
     except Exception as error:  # Orbax raises many kinds for damaged files.
       _warn_damaged(manager, step, error)
       continue
+    _set_aside(manager, steps[:tried])
     return restored["state"], restored["in_flight"]["mined"], restored["data"]
   if steps:
     raise InputError(
@@ -135,6 +144,20 @@ def restore_variables(directory: pathlib.Path) -> tuple[int, dict[str, Any]]:
         continue
       return step, {"params": state["params"], **state["model_state"]}
   raise InputError(f"{directory}: no checkpoint can be read; {remedy}")
+
+
+def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
+  if not steps:
+    return
+  if jax.process_index() == 0:
+    for step in steps:
+      target = manager.directory.parent / f"damaged_checkpoint_{step}"
+      if target.exists():
+        target.rmtree()
+      (manager.directory / str(step)).rename(target)
+      logging.warning("checkpoint %d is now %s", step, target)
+  multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+  manager.reload()
 
 
 def _warn_damaged(manager, step, error) -> None:

@@ -115,7 +115,9 @@ def train(
     count = -(-config.train.calibration_images // config.train.batch_size)
     batches = [next(batches)[1] for _ in range(min(count, config.train.steps))]
     state = calibrate(model, state, batches, seed=config.seed)
-    return state.replace(opt_state=optimizer.init(state.params))
+    state = state.replace(opt_state=optimizer.init(state.params))
+    # Placed as the steps leave it, or every part would be compiled twice.
+    return jax.device_put(state, replicated(mesh))
 
   has_branches = model.instance is not None or model.semantic is not None
   branch_start = warm_up_steps + config.reestimation.start
@@ -145,7 +147,8 @@ def train(
     state = jax.device_put(state, replicated(mesh))
   else:
     state, waiting, batches = restored
-    print(f"train: going on from step {int(state.step)} of {last_step}")
+    if int(state.step) < last_step:
+      print(f"train: going on from step {int(state.step)} of {last_step}")
   first_step = int(state.step)
 
   # The jitted parts of a step, and what serves them on the host.

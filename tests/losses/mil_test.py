@@ -28,9 +28,7 @@ TAGS = jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
   ],
 )
 def test_equation_2_by_hand(valid, reduction, expected):
-  found = mil_loss(
-    SCORES, TAGS, valid=jnp.array(valid), reduction=reduction
-  )
+  found = mil_loss(SCORES, TAGS, valid=jnp.array(valid), reduction=reduction)
   assert float(found) == pytest.approx(expected, abs=1e-5)
 
 

@@ -53,9 +53,7 @@ def test_equation_3_by_hand(valid, total, count):
 def test_images_are_averaged_and_empty_ones_do_not_count():
   # Image 1 has the first proposal alone, image 2 none.
   valid = [[True] * 3, [True, False, False], [False] * 3]
-  found = _loss(
-    np.stack([np.log(ODDS)] * 3), [LABEL] * 3, [WEIGHT] * 3, valid
-  )
+  found = _loss(np.stack([np.log(ODDS)] * 3), [LABEL] * 3, [WEIGHT] * 3, valid)
   assert found == pytest.approx((sum(TERMS) / 3 + TERMS[0]) / 2, abs=1e-5)
 
 
@@ -77,6 +75,4 @@ def test_gradient_is_softmax_minus_label_and_weights_have_none():
 
 def test_unknown_reduction_is_named():
   with pytest.raises(ValueError, match="'none'"):
-    _loss(
-      np.log(ODDS)[None], [LABEL], [WEIGHT], [[True] * 3], reduction="none"
-    )
+    _loss(np.log(ODDS)[None], [LABEL], [WEIGHT], [[True] * 3], reduction="none")

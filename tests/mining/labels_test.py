@@ -242,9 +242,7 @@ def test_hand_worked_assignment():
 
 def test_stuff_has_further_components_above_half_of_the_first():
   # Four disjoint proposals and one over the first two.
-  batch = _strip(
-    np.vstack([np.eye(4), [[1, 1, 0, 0]]]), [0, 0, 1, 0]
-  )
+  batch = _strip(np.vstack([np.eye(4), [[1, 1, 0, 0]]]), [0, 0, 1, 0])
   scores = np.zeros((1, 5, K), np.float32)
   scores[0, :, 2] = 0.3, 0.8, 0.4, 0.39, 0.7
   y = np.full((1, K), 0.5, np.float32)

@@ -60,9 +60,9 @@ def test_coarse_stages_are_upsampled_linearly():
 @pytest.mark.parametrize("frozen", [True, False])
 def test_frozen_backbone_gets_no_gradient(frozen):
   extractor = _extractor(("s8",), frozen=frozen)
-  grad = jax.grad(
-    lambda v: extractor.apply(v, IMAGES, train=True).sum()
-  )(PARAMS)
+  grad = jax.grad(lambda v: extractor.apply(v, IMAGES, train=True).sum())(
+    PARAMS
+  )
   gradient = float(grad["params"]["backbone"]["gain"])
   first = IMAGES[:, ::8, ::8, 0].astype(np.float64) + 1
   assert gradient == pytest.approx(0.0 if frozen else first.sum(), rel=1e-5)
@@ -90,8 +90,10 @@ def test_frozen_norm_layers_use_the_stored_statistics():
 
 def test_projection_is_linear_around_the_mean():
   rng = np.random.default_rng(1)
-  x, mean, matrix = rng.normal(size=(2, 3, 4)), rng.normal(size=4), rng.normal(
-    size=(4, 2)
+  x, mean, matrix = (
+    rng.normal(size=(2, 3, 4)),
+    rng.normal(size=4),
+    rng.normal(size=(4, 2)),
   )
   found = Projection(2).apply(
     {"constants": {"mean": mean, "matrix": matrix}}, jnp.array(x)

@@ -48,9 +48,7 @@ def test_cached_features_replace_the_images():
   model = tiny.make_model()
   variables = tiny.make_variables(model, BATCH)
   features = model.apply(variables, BATCH.images, method="extract")
-  cached = BATCH.replace(
-    images=None, features=np.asarray(features, np.float16)
-  )
+  cached = BATCH.replace(images=None, features=np.asarray(features, np.float16))
   direct = model.apply(variables, BATCH, train=False, method="features")
   found = model.apply(variables, cached, train=False, method="features")
   np.testing.assert_array_equal(features, direct)

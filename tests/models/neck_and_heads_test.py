@@ -31,9 +31,7 @@ def test_mil_scores_are_the_product_of_two_softmaxes():
   valid[1, 4:] = False
   found = np.asarray(mil_scores(classify, detect, valid))
   for b, count in enumerate([6, 4]):
-    expected = _softmax(classify[b, :count], 1) * _softmax(
-      detect[b, :count], 0
-    )
+    expected = _softmax(classify[b, :count], 1) * _softmax(detect[b, :count], 0)
     np.testing.assert_allclose(found[b, :count], expected, rtol=1e-5)
     assert not found[b, count:].any()
     y = image_scores(found)[b]

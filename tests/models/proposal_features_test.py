@@ -24,14 +24,15 @@ FEATURES = np.random.default_rng(5).normal(size=(2, *GRID, 3)).astype("f")
 @functools.cache
 def _cases():
   """Cell masks and inclusive grid boxes of every proposal."""
-  pixels = tiny.proposal_masks(BATCH)
+  pixels = np.asarray(tiny.proposal_masks(BATCH))
   lead, s = pixels.shape[:2], tiny.STRIDE
   cells = pixels.reshape(*lead, GRID[0], s, GRID[1], s).any((3, 5))
   boxes = np.floor(BATCH.boxes / s + 0.5).astype(int)  # half up: >= 0
   y, x = (np.arange(n) for n in GRID)
   inside = (y >= boxes[..., :1]) & (y <= boxes[..., 2:3])
-  inside = inside[..., None] & (
-    ((x >= boxes[..., 1:2]) & (x <= boxes[..., 3:4]))[..., None, :]
+  inside = (
+    inside[..., None]
+    & (((x >= boxes[..., 1:2]) & (x <= boxes[..., 3:4]))[..., None, :])
   )
   return cells & inside, inside, boxes
 
@@ -50,14 +51,12 @@ def _pooled(kind):
 
 
 def _apply(variables=None, **options):
-  module = ProposalFeatures(
-    stride=tiny.STRIDE, output_size=(2, 2), **options
-  )
+  module = ProposalFeatures(stride=tiny.STRIDE, output_size=(2, 2), **options)
   return jax.jit(module.apply)(variables or {}, FEATURES, BATCH)
 
 
 def _share():
-  pixels = tiny.proposal_masks(BATCH).sum((2, 3))
+  pixels = np.asarray(tiny.proposal_masks(BATCH)).sum((2, 3))
   return pixels / np.prod(tiny.IMAGE)
 
 
@@ -75,7 +74,7 @@ def test_mean_over_bins_with_average_and_size():
   share = _share()[..., None]
   maxima = pooled.sum((2, 3)) / count * share**0.25
   # The average over the segment's pixels, each with the features of its cell.
-  pixels = tiny.proposal_masks(BATCH).astype(np.float64)
+  pixels = np.asarray(tiny.proposal_masks(BATCH), np.float64)
   wide = FEATURES.repeat(tiny.STRIDE, 1).repeat(tiny.STRIDE, 2)
   mean = np.einsum("bpyx,byxc->bpc", pixels, wide)
   mean = mean / pixels.sum((2, 3))[..., None] * share**0.5

@@ -113,9 +113,7 @@ def test_split_that_has_grown_is_made_again(tmp_path):
 def test_cache_bytes_is_the_size_of_the_files(tmp_path):
   _open(tmp_path).attach(BATCH)
   [path] = tmp_path.rglob("*.f16")
-  found = cache_bytes(
-    MODEL, VARIABLES, canvases=(tiny.CANVAS,), num_images=5
-  )
+  found = cache_bytes(MODEL, VARIABLES, canvases=(tiny.CANVAS,), num_images=5)
   # Both ways round, 8 x 8 cells of 8 channels of 2 bytes.
   assert found == path.stat().st_size == 2 * 5 * 64 * 8 * 2
   two = cache_bytes(

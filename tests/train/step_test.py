@@ -19,6 +19,7 @@ from jtsm_jax.train.state import TrainState
 from tests import tiny
 
 KEY = jax.random.key(5)
+STEP_KEY = jax.random.fold_in(KEY, 3)
 MINING = step.MiningSettings(num_things=tiny.NUM_THINGS, num_slots=5)
 LOSSES = step.LossSettings()
 BATCH = tiny.make_batch()
@@ -38,7 +39,7 @@ def _state(model, *, optimizer=OPTIMIZER):
 
 def _mining_loss(model, variables, batch):
   return step.mining_loss(
-    model, variables, batch, KEY, mining=MINING, losses=LOSSES
+    model, variables, batch, STEP_KEY, mining=MINING, losses=LOSSES
   )
 
 
@@ -49,7 +50,7 @@ def _branch_loss(model, variables, batch, mined, pseudo):
     batch,
     mined,
     pseudo,
-    KEY,
+    STEP_KEY,
     num_things=tiny.NUM_THINGS,
     losses=LOSSES,
   )
@@ -63,7 +64,7 @@ def _mined():
   mined = jax.jit(lambda v: _mining_loss(model, v, BATCH)[1][0])
   mined = jax.device_get(mined(state.variables))
   assert mined.valid.any(1).all()
-  return mined, tiny.pseudo_masks(BATCH, mined)
+  return mined, jax.device_get(tiny.pseudo_masks(BATCH, mined))
 
 
 def _reached(grads):
@@ -95,8 +96,9 @@ TERMS = {
 @functools.cache
 def _term_gradients(frozen):
   """The gradient of each term of the loss, from one compiled function."""
-  model = tiny.make_model(frozen=frozen)
+  model = tiny.make_model(frozen=frozen, dropout=0.5)
   state = _state(model)
+  mined = _mined()
   names = list(TERMS)
 
   @jax.jit
@@ -104,7 +106,7 @@ def _term_gradients(frozen):
     def loss(params):
       variables = {"params": params, **state.model_state}
       _, (_, metrics) = _mining_loss(model, variables, BATCH)
-      _, more = _branch_loss(model, variables, BATCH, *_mined())
+      _, more = _branch_loss(model, variables, BATCH, *mined)
       metrics |= more
       return sum(
         jnp.where(which == i, metrics[name], 0.0)
@@ -135,30 +137,10 @@ def test_instance_term_moves_the_channels_of_mined_things_only():
 
 
 def test_both_parts_of_a_step_sum_to_the_gradient_of_the_loss():
-  # Eq. 1 and 4 differentiated in one piece, dropout included.
-  model = tiny.make_model(dropout=0.5)
+  # Eq. 1 and 4: all the terms above, with the random key of step 3.
+  model = tiny.make_model(frozen=False, dropout=0.5)
   state = _state(model).replace(step=jnp.int32(3))
-  key = jax.random.fold_in(KEY, 3)
   mined, pseudo = _mined()
-
-  def loss(params):
-    variables = {"params": params, **state.model_state}
-    mining, _ = step.mining_loss(
-      model, variables, BATCH, key, mining=MINING, losses=LOSSES
-    )
-    branch, _ = step.branch_loss(
-      model,
-      variables,
-      BATCH,
-      mined,
-      pseudo,
-      key,
-      num_things=tiny.NUM_THINGS,
-      losses=LOSSES,
-    )
-    return mining + branch
-
-  expected = jax.jit(jax.grad(loss))(state.params)
   mining_gradients = step.make_mining_gradients(
     KEY, model, mining=MINING, losses=LOSSES
   )
@@ -168,8 +150,11 @@ def test_both_parts_of_a_step_sum_to_the_gradient_of_the_loss():
   grads, new_mined, metrics = mining_gradients(state, BATCH)
   branch_grads, branch_metrics = branch_gradients(state, BATCH, mined, pseudo)
   assert {k for k in metrics | branch_metrics if "loss/" in k} == set(TERMS)
+  expected = jax.tree.map(
+    lambda *terms: sum(terms), *_term_gradients(False).values()
+  )
   jax.tree.map(
-    lambda e, a, b: np.testing.assert_allclose(e, a + b, atol=1e-6),
+    lambda e, a, b: np.testing.assert_allclose(e, a + b, atol=1e-5),
     expected,
     grads,
     branch_grads,
@@ -202,6 +187,10 @@ def _pad_last(array, axis, count, value):
   widths = [(0, 0)] * array.ndim
   widths[axis] = (0, count)
   return np.pad(array, widths, constant_values=value)
+
+
+def _as_it_is(batch):
+  return batch
 
 
 def _more_proposals(batch):
@@ -242,24 +231,24 @@ def _more_examples(batch):
 def _outcome(pad):
   """Losses, mined segments and scores of BATCH after `pad`."""
   model = tiny.make_model(frozen=False)
-  variables = _state(model).variables
-  batch = pad(BATCH)
-  loss, (mined, metrics) = jax.jit(functools.partial(_mining_loss, model))(
-    variables, batch
+  score = make_score_step(model)
+
+  @jax.jit
+  def outcome(variables, batch):
+    loss, (mined, metrics) = _mining_loss(model, variables, batch)
+    pseudo = tiny.pseudo_masks(batch, mined)
+    branch, more = _branch_loss(model, variables, batch, mined, pseudo)
+    metrics = metrics | more | {"mining": loss, "branch": branch}
+    scores = score(variables, batch)
+    return metrics, mined, (scores.proposals, scores.image, scores.semantic)
+
+  metrics, mined, scores = jax.device_get(
+    outcome(_state(model).variables, pad(BATCH))
   )
-  mined = jax.device_get(mined)
-  pseudo = tiny.pseudo_masks(batch, mined)
-  branch, more = jax.jit(functools.partial(_branch_loss, model))(
-    variables, batch, mined, pseudo
-  )
-  scores = make_score_step(model)(variables, batch)
-  metrics = metrics | more | {"mining": loss, "branch": branch}
   return (
     {k: float(v) for k, v in metrics.items()},
     dataclasses.asdict(mined),
-    np.asarray(scores.proposals),
-    np.asarray(scores.image),
-    np.asarray(scores.semantic),
+    *scores,
   )
 
 
@@ -271,7 +260,7 @@ def test_padding_changes_nothing(pad):
   # semantic branch sees: nearer, a convolution pads with zeros what on a
   # larger canvas are features of black pixels.
   real = [0, 2] if pad is _more_examples else [0, 1]
-  metrics, mined, *scores = _outcome(lambda batch: batch)
+  metrics, mined, *scores = _outcome(_as_it_is)
   padded_metrics, padded_mined, *padded_scores = _outcome(pad)
   assert padded_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
   for name, value in mined.items():
@@ -304,9 +293,9 @@ def test_mining_metrics_by_hand():
   y = np.where(BATCH.tags > 0, 0.9, 0.2).astype(np.float32)
   y[0, 0] = 0.9 if BATCH.tags[0, 0] == 0 else 0.2  # one of ten is wrong
   found = step.mining_metrics(mined, y, BATCH)
+  masks = np.asarray(tiny.proposal_masks(BATCH))
   area = [
-    tiny.proposal_masks(BATCH)[b, mined.proposal[b, m]].sum()
-    / np.prod(tiny.IMAGE)
+    masks[b, mined.proposal[b, m]].sum() / np.prod(tiny.IMAGE)
     for b, m in zip(*np.nonzero(mined.valid), strict=True)
   ]
   expected = {

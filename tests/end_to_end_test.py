@@ -1,0 +1,637 @@
+"""Starts main.py as a user does and looks at what a user sees.
+
+Runs share a compilation cache and, where it does not matter, prepared data. The
+configuration is tests/configs/tiny.py.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from array_record.python import array_record_module
+from PIL import Image
+
+from jtsm_jax.data.panoptic_files import decode_ids, write_panoptic
+from jtsm_jax.data.shapes import SHAPES_CATEGORIES, shapes_source
+from jtsm_jax.proposals import store as stores
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = "tests/configs/tiny.py"
+LAST_STEP = 14  # 2 of the warm-up and 12 of training
+NEVER = "--config.train.evaluate_every=1000"
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+  return os.environ | {
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PLATFORMS": "cpu",
+  }
+
+
+@pytest.fixture(scope="session")
+def start(environment):
+  """Starts main.py."""
+
+  def function(workdir, *flags, config=TINY):
+    return subprocess.Popen(
+      [sys.executable, "main.py", f"--config={config}", f"--workdir={workdir}"]
+      + [str(flag) for flag in flags],
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  return function
+
+
+@pytest.fixture(scope="session")
+def run(start):
+  """Runs main.py to its end, which must be a good one: (stdout, stderr)."""
+
+  def function(workdir, *flags, config=TINY):
+    process = start(workdir, *flags, config=config)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    return out, err
+
+  return function
+
+
+@pytest.fixture(scope="session")
+def fault(start):
+  """Runs main.py, which must end with one message: the message."""
+
+  def function(workdir, *flags, config=TINY):
+    process = start(workdir, *flags, config=config)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2, out + err
+    assert "Traceback" not in out + err
+    messages = [x for x in err.splitlines() if x.startswith("error: ")]
+    assert len(messages) == 1, err
+    return err[err.index("error: ") :]
+
+  return function
+
+
+@pytest.fixture(scope="session")
+def finished(run, tmp_path_factory):
+  """(workdir, stdout, stderr) of a run of everything. Only to be read."""
+  workdir = tmp_path_factory.mktemp("runs") / "finished"
+  return workdir, *run(workdir)
+
+
+@pytest.fixture(scope="session")
+def prepared(finished):
+  """Flags that take data and proposals from the finished run."""
+  return (
+    f"--config.data.prepared={finished[0] / 'data'}",
+    f"--config.proposals.store={finished[0] / 'proposals'}",
+  )
+
+
+def lines(workdir):
+  text = (workdir / "metrics.jsonl").read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def progress_only(err):
+  """Whether every line counts something, and none is about the machine."""
+  line = re.compile(r"[a-z ]+: \d+/\d+ \[.*\]")
+  compiler = "cpu_aot_loader"  # on CPUs whose cached programs it doubts
+  return [x for x in err.splitlines() if compiler not in x and x] == [
+    x for x in err.splitlines() if line.fullmatch(x)
+  ]
+
+
+# What a run leaves behind.
+
+
+def test_a_run_evaluates_every_class(finished):
+  workdir, out, _ = finished
+  metrics = json.loads((workdir / "evaluation" / "metrics.json").read_text())
+  assert metrics["step"] == LAST_STEP
+  for group, classes in (("all", 12), ("things", 8), ("stuff", 4)):
+    assert {"pq", "sq", "rq", "n"} <= metrics[group].keys()
+    assert 0 < metrics[group]["n"] <= classes
+  assert list(metrics["per_class"]) == list(SHAPES_CATEGORIES.names)
+  for values in metrics["per_class"].values():
+    assert {"pq", "sq", "rq", "tp", "fp", "fn"} <= values.keys()
+  assert 0 <= metrics["semantic"]["miou"] <= 100
+  overlays = sorted((workdir / "evaluation" / "overlays").glob("*.jpg"))
+  assert len(overlays) == 3
+  for overlay in overlays:
+    assert np.asarray(Image.open(overlay)).std() > 0
+  for name in SHAPES_CATEGORIES.names:
+    assert name in out
+
+
+def test_a_run_logs_each_interval_once(finished):
+  logged = lines(finished[0])
+  steps = [x["step"] for x in logged if "loss/total" in x]
+  assert steps == list(range(2, LAST_STEP + 1, 2))
+  assert [x["step"] for x in logged if "val/pq" in x] == [8]
+  terms = {k for x in logged for k in x if k.startswith("loss/")}
+  names = "tags", "mil", "refinement_1", "refinement_2", "instance", "semantic"
+  assert terms == {f"loss/{name}" for name in (*names, "total")}
+  assert all(np.isfinite(x[k]) for x in logged for k in x)
+
+
+def test_the_console_ends_with_the_results(finished):
+  workdir, out, err = finished
+  assert progress_only(err), err
+  for stage in ("prepare", "propose", "train", "calibrate", "evaluate"):
+    assert f"\n{stage}" in f"\n{err}"
+  last = [line for line in out.splitlines() if line][-4:]
+  assert [line.split()[0] for line in last] == [
+    "mIoU",
+    "figures",
+    "pictures",
+    "next",
+  ]
+  for line in last[1:3]:
+    assert pathlib.Path(line.split()[1]).exists()
+  assert str(workdir) in last[3]
+
+
+def test_the_same_command_again_only_evaluates(finished, run):
+  workdir, out, _ = finished
+  before = (workdir / "metrics.jsonl").read_text()
+  checkpoint = workdir / "checkpoints" / str(LAST_STEP)
+  written = checkpoint.stat().st_mtime_ns
+  out_again, err = run(workdir)
+  table = out[out.rindex("  PQ") :].splitlines()
+  assert out_again[out_again.rindex("  PQ") :].splitlines() == table
+  assert (workdir / "metrics.jsonl").read_text() == before
+  assert checkpoint.stat().st_mtime_ns == written
+  assert "prepare" not in err
+  assert "propose" not in err
+  assert progress_only(err), err
+
+
+# Prediction.
+
+
+def test_predict_a_folder(finished, run, tmp_path):
+  images = tmp_path / "holiday"
+  images.mkdir()
+  random = np.random.default_rng(0)
+  sizes = {"a.jpg": (50, 70), "b c.png": (90, 40), "d.JPEG": (64, 64)}
+  for name, size in sizes.items():
+    pixels = random.integers(0, 256, (*size, 3), np.uint8)
+    Image.fromarray(pixels).save(images / name)
+  whole = (images / "a.jpg").read_bytes()
+  (images / "broken.jpg").write_bytes(whole[: len(whole) // 2])
+  (images / "notes.txt").write_text("no image")
+  out, err = run(finished[0], "--mode=predict", f"--input={images}")
+  assert "broken.jpg" in err
+  assert "notes.txt" not in err
+  results = finished[0] / "predictions" / "holiday"
+  content = check_panoptic(results, sizes)
+  last = [line.split()[0] for line in out.splitlines() if line]
+  assert last == ["panoptic", "overlays"]
+
+  # Again, with another picture in the place of one of them.
+  Image.new("RGB", (30, 20)).save(images / "a.jpg")
+  _, err = run(finished[0], "--mode=predict", f"--input={images}")
+  again = check_panoptic(results, sizes | {"a.jpg": (20, 30)})
+  assert again["annotations"][1:] == content["annotations"][1:]
+  assert "propose: 1/3" not in err  # the others were not proposed again
+  assert "propose" in err
+
+
+def check_panoptic(results, sizes):
+  """The JSON, the PNG files and the overlays tell of the same segments."""
+  content = json.loads((results / "panoptic.json").read_text())
+  images = {x["id"]: x for x in content["images"]}
+  assert {x["file_name"] for x in content["images"]} == sizes.keys()
+  assert {x["image_id"] for x in content["annotations"]} == images.keys()
+  classes = {x["id"] for x in content["categories"]}
+  for annotation in content["annotations"]:
+    image = images[annotation["image_id"]]
+    with Image.open(results / "panoptic" / annotation["file_name"]) as file:
+      ids = decode_ids(np.asarray(file.convert("RGB")))
+    assert ids.shape == sizes[image["file_name"]]
+    assert ids.shape == (image["height"], image["width"])
+    found, areas = np.unique(ids[ids > 0], return_counts=True)
+    listed = {x["id"]: x["area"] for x in annotation["segments_info"]}
+    assert listed == dict(zip(found.tolist(), areas.tolist(), strict=True))
+    assert {x["category_id"] for x in annotation["segments_info"]} <= classes
+  assert len(list((results / "overlays").glob("*.jpg"))) == len(sizes)
+  return content
+
+
+# A run that is killed.
+
+
+def kill_at(process, workdir, step):
+  """Kills a run as soon as the checkpoint of a step is complete."""
+  checkpoint = workdir / "checkpoints" / str(step)
+  limit = time.monotonic() + 200
+  while not checkpoint.is_dir():
+    assert process.poll() is None, process.communicate()
+    assert time.monotonic() < limit
+    time.sleep(0.005)
+  process.kill()
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+  return last_checkpoint(workdir)
+
+
+def last_checkpoint(workdir):
+  names = (x.name for x in (workdir / "checkpoints").iterdir())
+  return max(int(name) for name in names if name.isdigit())
+
+
+def everything_in(checkpoint):
+  """All arrays of a checkpoint by name, and the position in the data."""
+  arrays = {}
+  for item in ("state", "in_flight"):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      shapes = checkpointer.metadata(checkpoint / item).item_metadata.tree
+      tree = checkpointer.restore(
+        checkpoint / item,
+        restore_args=jax.tree.map(
+          lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes
+        ),
+      )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+      arrays[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
+  position = (checkpoint / "data" / "process_0-of-1.json").read_text()
+  return arrays, json.loads(position)
+
+
+def assert_same_end(workdir, other):
+  """Two runs have the same last checkpoint and logged the same losses."""
+  a, b = (
+    everything_in(x / "checkpoints" / str(LAST_STEP)) for x in (workdir, other)
+  )
+  assert a[0].keys() == b[0].keys()
+  assert any("opt_state" in name for name in a[0])
+  assert all(np.isfinite(x).all() for x in a[0].values())
+  unequal = [n for n in a[0] if not np.array_equal(a[0][n], b[0][n])]
+  assert unequal == []
+  assert a[1] == b[1]
+  losses = [
+    {x["step"]: x["loss/total"] for x in lines(y) if "loss/total" in x}
+    for y in (workdir, other)
+  ]
+  shared = losses[0].keys() & losses[1].keys()
+  assert LAST_STEP in shared
+  # The mean of an interval that a kill has cut is that of its second part.
+  assert losses[0][LAST_STEP] == losses[1][LAST_STEP]
+  return a[0]
+
+
+def test_a_killed_run_ends_like_one_that_was_not(
+  finished, prepared, start, run, tmp_path
+):
+  workdir = tmp_path / "killed"
+  # It saves after each step and evaluates elsewhere: that must not matter.
+  often = "--config.train.checkpoint_every=1", "--config.train.evaluate_every=9"
+  process = start(workdir, "--mode=train", *often, *prepared)
+  stopped = kill_at(process, workdir, 8)
+  assert 8 <= stopped < LAST_STEP
+  out, err = run(workdir, "--mode=train", *often, *prepared)
+  assert f"going on from step {stopped} of {LAST_STEP}" in out
+  assert f"train: {stopped}/{LAST_STEP}" in err
+  arrays = assert_same_end(workdir, finished[0])
+  assert arrays["in_flight['count']"] == 0
+  steps = [x["step"] for x in lines(workdir) if "loss/total" in x]
+  assert steps == list(range(2, LAST_STEP + 1, 2))
+
+
+def test_kills_in_the_warm_up_and_with_masks_in_flight(
+  finished, prepared, start, run, tmp_path
+):
+  config = f"{TINY}:frozen"
+  whole, workdir = tmp_path / "whole", tmp_path / "killed"
+  run(whole, "--mode=train", NEVER, *prepared, config=config)
+  # The killed one never has the masks of the validation images.
+  data = tmp_path / "data"
+  shutil.copytree(finished[0] / "data", data)
+  shutil.rmtree(data / "val_targets")
+  flags = (
+    "--mode=train",
+    NEVER,
+    "--config.train.checkpoint_every=1",
+    f"--config.data.prepared={data}",
+    prepared[1],
+  )
+  process = start(workdir, *flags, config=config)
+  assert 1 <= kill_at(process, workdir, 1) <= 2
+  process = start(workdir, *flags, config=config)
+  stopped = kill_at(process, workdir, 4)
+  assert 4 <= stopped < LAST_STEP
+  at_kill, _ = everything_in(workdir / "checkpoints" / str(stopped))
+  assert at_kill["in_flight['count']"] == 2
+  assert at_kill["in_flight['mined'][1].valid"].any()
+  out, _ = run(workdir, *flags, config=config)
+  assert f"going on from step {stopped} of {LAST_STEP}" in out
+  assert_same_end(workdir, whole)
+  assert list((workdir / "features").rglob("*.f16"))
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished, run, tmp_path):
+  workdir = tmp_path / "damaged"
+  shutil.copytree(finished[0], workdir)
+  for file in (workdir / "checkpoints" / str(LAST_STEP) / "state").rglob("*"):
+    if file.is_file():
+      os.truncate(file, file.stat().st_size // 2)
+  out, err = run(workdir)
+  assert f"checkpoint {LAST_STEP} in {workdir / 'checkpoints'} is damaged" in (
+    err
+  )
+  assert f"going on from step 10 of {LAST_STEP}" in out
+  assert_same_end(workdir, finished[0])
+  # The one with the best PQ is still known to be it.
+  kept = {x.name for x in (workdir / "checkpoints").iterdir()}
+  assert {"8", "10", str(LAST_STEP)} <= kept
+
+
+def test_only_damaged_checkpoints(finished, fault, tmp_path):
+  workdir = tmp_path / "damaged"
+  shutil.copytree(finished[0], workdir)
+  for file in (workdir / "checkpoints").rglob("*"):
+    if file.is_file() and "state" in file.parts:
+      os.truncate(file, 0)
+  for mode in ("train", "evaluate"):
+    message = fault(workdir, f"--mode={mode}")
+    assert f"{workdir / 'checkpoints'}: " in message
+    assert "can be read" in message
+
+
+# One's own folder, and what training reads of it.
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+  """The drawn pictures as a folder of one's own. Only to be read."""
+  root = tmp_path_factory.mktemp("mine") / "pictures"
+  (root / "images").mkdir(parents=True)
+  (root / "classes.json").write_text(json.dumps(SHAPES_CATEGORIES.to_list()))
+  source = shapes_source(seed=0, side=64, num_train=12, num_val=6)
+  targets = []
+  for split, records in (("train", source.train), ("val", source.val)):
+    rows = ["image,tags"]
+    for record in records:
+      name = f"{record.image_id}.jpg"
+      (root / "images" / name).write_bytes(record.image)
+      tags = ";".join(SHAPES_CATEGORIES.names[t] for t in record.tags)
+      rows.append(f"{name},{tags}")
+      if record.target is not None:
+        targets.append((record.image_id, name, record.target))
+    (root / f"{split}_tags.csv").write_text("\n".join(rows) + "\n")
+  write_panoptic(
+    root / "panoptic_val.json",
+    root / "panoptic_val",
+    targets,
+    source.categories,
+  )
+  return root
+
+
+def mine(root):
+  return "--config.data.name=folder", f"--config.data.root={root}"
+
+
+@contextlib.contextmanager
+def watch(*paths):
+  """Yields a function that counts how often the paths were opened since."""
+  libc = ctypes.CDLL(None, use_errno=True)
+  if not hasattr(libc, "inotify_init1"):
+    pytest.skip("the system has no inotify")
+  descriptor = libc.inotify_init1(os.O_NONBLOCK)
+  if descriptor < 0:
+    pytest.skip("the kernel has no inotify")
+  for path in paths:
+    opened = 0x20  # IN_OPEN
+    assert libc.inotify_add_watch(descriptor, os.fsencode(path), opened) >= 0
+
+  def count():
+    data = b""
+    with contextlib.suppress(BlockingIOError):
+      while True:
+        data += os.read(descriptor, 1 << 16)
+    number = 0
+    while data:
+      (length,) = struct.unpack_from("I", data, 12)
+      data = data[16 + length :]
+      number += 1
+    return number
+
+  try:
+    yield count
+  finally:
+    os.close(descriptor)
+
+
+def test_training_opens_no_mask(folder, run, tmp_path):
+  workdir = tmp_path / "run"
+  with watch(folder / "panoptic_val", folder / "panoptic_val.json") as opened:
+    run(workdir, "--mode=propose", *mine(folder))
+    assert opened() > 6  # preparing reads them: the watch sees it
+    with watch(workdir / "data" / "val_targets") as opened_prepared:
+      run(workdir, "--mode=train", NEVER, *mine(folder))
+      assert opened() == 0
+      assert opened_prepared() == 0
+      run(workdir, "--mode=evaluate", NEVER, *mine(folder))
+      assert opened() == 0
+      assert opened_prepared() > 0
+
+
+def test_a_broken_picture_is_reported_and_left_out(folder, run, tmp_path):
+  root = tmp_path / "mine"
+  shutil.copytree(folder, root)
+  (root / "images" / "train_00003.jpg").write_bytes(b"\xff\xd8 no picture")
+  (root / "val_tags.csv").unlink()  # and nothing to evaluate
+  workdir = tmp_path / "run"
+  out, err = run(workdir, *mine(root), "--config.train.steps=1")
+  assert "left out of train: train_00003: cannot be decoded" in err
+  assert "train_00003" in (workdir / "data" / "quarantine.txt").read_text()
+  assert "11 train images" in out
+  assert "no ground truth" in out
+  # What prediction needs is there all the same.
+  run(workdir, *mine(root), "--config.train.steps=1", "--mode=predict",
+      f"--input={root / 'images'}")  # fmt: skip
+
+
+def test_an_image_that_the_store_lacks_is_proposed(
+  finished, prepared, run, tmp_path
+):
+  store = tmp_path / "proposals"
+  shutil.copytree(finished[0] / "proposals", store)
+  (settings,) = store.iterdir()
+  opened = stores.open_store(settings)
+  assert len(opened) == 18
+  kept = []
+  for shard in sorted(settings.glob("*.array_record")):
+    reader = array_record_module.ArrayRecordReader(str(shard))
+    records = reader.read_all()
+    kept += zip(json.loads(records[-1]), records[:-1], strict=True)
+    reader.close()
+    shard.unlink()
+  kept = [pair for pair in kept if pair[0] != "train_00005"]
+  stores.write_shard(settings / "proposals-00000.array_record", kept)
+  _, err = run(
+    tmp_path / "run",
+    "--mode=propose",
+    prepared[0],
+    f"--config.proposals.store={store}",
+  )
+  assert "propose: 12/12" in err
+  assert len(stores.open_store(settings)) == 18
+
+
+# Faults of the user: one message each.
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--workdir=w"], "--config is missing"),
+    ([f"--config={TINY}"], "--workdir is missing"),
+    (["--config=no.py", "--workdir=w"], "No such file or directory: 'no.py'"),
+    (
+      ["--config=no.py", "--config.seed=1", "--workdir=w"],
+      "No such file or directory: 'no.py'",
+    ),
+    (["--config=tests", "--workdir=w"], "Is a directory: 'tests'"),
+    (["--config.nope=1"], "no such field: 'nope'"),
+    (["--config.train.stepz=1"], 'Did you mean "steps"'),
+    (["--config.train.steps=abc"], "--config.train.steps=abc: invalid literal"),
+    (["--config.data.flip=perhaps"], "--config.data.flip=perhaps"),
+    (["--config.train=7"], "--config.train=7"),
+    (["--speed=9"], "Unknown command line flag 'speed'"),
+    (["--mode=fly"], "value should be one of <all|prepare|"),
+    (["fly"], "unknown argument 'fly'"),
+    (["--mode=predict"], "--mode=predict needs --input=FOLDER"),
+  ],
+)
+def test_wrong_flags(flags, message, tmp_path):
+  if not any(x.startswith(("--workdir", "--config=")) for x in flags):
+    flags = [f"--config={TINY}", f"--workdir={tmp_path}/w", *flags]
+  began = time.monotonic()
+  ended = subprocess.run(
+    [sys.executable, "main.py", *flags],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert ended.returncode == 2
+  assert ended.stdout == ""
+  (line,) = ended.stderr.strip().splitlines()
+  assert line.startswith("error: ")
+  assert message in line
+  assert time.monotonic() - began < 20
+  assert not (tmp_path / "w").exists()
+
+
+def test_flags_are_checked_before_jax_is_loaded():
+  ended = subprocess.run(
+    [sys.executable, "-X", "importtime", "main.py", f"--config={TINY}"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  loaded = {x.split("|")[-1].strip() for x in ended.stderr.splitlines()}
+  assert "--workdir is missing" in ended.stderr
+  assert "ml_collections" in loaded
+  assert not {"jax", "numpy", "jtsm_jax.types"} & loaded
+
+
+def spoil(change):
+  """A test case of a folder of one's own that `change` has spoilt."""
+
+  def flags(folder, tmp_path):
+    root = tmp_path / "mine"
+    shutil.copytree(folder, root)
+    change(root)
+    return mine(root)
+
+  return flags
+
+
+def write(name, text):
+  return spoil(lambda root: (root / name).write_text(text))
+
+
+def break_pictures(root):
+  for i in range(3):
+    (root / "images" / f"train_{i:05d}.jpg").write_bytes(b"no picture")
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (lambda *_: mine("no/where"), "no/where: no such folder"),
+    (lambda *_: mine(""), "config.data.root is empty"),
+    (lambda *_: ("--config.data.name=voc",), "config.data.name is 'voc'"),
+    (write("train_tags.csv", "a,b\n"), "must name the columns image,tags"),
+    (
+      write("train_tags.csv", "image,tags\ntrain_00000.jpg,zebra\n"),
+      "line 2: tag 'zebra' is no class",
+    ),
+    (
+      write("train_tags.csv", "image,tags\nabsent.jpg,waves\n"),
+      "line 2: image 'absent.jpg' is not in",
+    ),
+    (spoil(break_pictures), "3 of 18 images cannot be decoded"),
+  ],
+)
+def test_wrong_data(flags, message, folder, fault, tmp_path):
+  workdir = tmp_path / "run"
+  assert message in fault(workdir, *flags(folder, tmp_path))
+
+
+def test_a_failed_first_try_does_not_spoil_the_workdir(
+  folder, fault, run, tmp_path
+):
+  workdir = tmp_path / "run"
+  fault(workdir, *mine("no/where"))
+  run(workdir, "--mode=prepare", *mine(folder))
+  message = fault(workdir, "--mode=prepare", *mine("no/where"))
+  assert f"config.data.root = 'no/where', there '{folder}'" in message
+
+
+def test_a_workdir_of_other_settings(finished, fault):
+  message = fault(finished[0], "--config.train.learning_rate=0.5")
+  assert "config.train.learning_rate = 0.5, there 0.001" in message
+
+
+def test_nothing_is_trained_yet(prepared, fault, tmp_path):
+  workdir = tmp_path / "run"
+  (tmp_path / "images").mkdir()
+  for flags in (
+    ["--mode=evaluate"],
+    ["--mode=predict", f"--input={tmp_path / 'images'}"],
+  ):
+    assert "train first" in fault(workdir, *flags, *prepared)
+  assert not workdir.exists()  # a mistyped name leaves nothing behind
+
+
+def test_nothing_to_predict(finished, fault, tmp_path):
+  empty = tmp_path / "empty"
+  empty.mkdir()
+  for images, message in (
+    (empty, "holds no readable image"),
+    (tmp_path / "nowhere", "no such folder"),
+  ):
+    got = fault(finished[0], "--mode=predict", f"--input={images}")
+    assert f"{images}: {message}" in got

@@ -1,0 +1,151 @@
+"""From scores to detections, worked by hand."""
+
+import jax
+import numpy as np
+import pytest
+
+from jtsm_jax.evaluation.inference import (
+  DetectionSettings,
+  detect,
+  make_mask_step,
+  make_score_step,
+  paste_masks,
+  superpixel_votes,
+)
+from jtsm_jax.types import Proposals
+from tests import tiny
+
+# Superpixels of 1, 2, 3 and 4 pixels in one row. Proposals and their pixels:
+#   0: {2}     3
+#   1: {1, 2}  5, IoU 3/5 with 0
+#   2: {2, 3}  7, IoU 3/7 with 0 and 3/9 with 1
+#   3: {0, 2}  4, IoU 3/4 with 0
+MEMBERSHIP = np.array(
+  [[0, 0, 1, 0], [0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 1, 0]], bool
+)
+PROPOSALS = Proposals(
+  superpixels=np.repeat(np.arange(4), [1, 2, 3, 4])[None].astype(np.int32),
+  membership=MEMBERSHIP,
+  boxes=np.array([[0, 3, 1, 6], [0, 1, 1, 6], [0, 3, 1, 10], [0, 0, 1, 6]]),
+  scores=np.ones(4, np.float32),
+)
+
+
+def _detect(scores, **settings):
+  found = detect(
+    np.array(scores, np.float32),
+    PROPOSALS,
+    settings=DetectionSettings(**settings),
+  )
+  return found, list(zip(found.proposal, found.category, strict=True))
+
+
+def test_suppression_by_mask_iou_class_by_class():
+  # Class 0: proposal 0 suppresses 1 (0.6) and 3 (0.75) but not 2 (3/7).
+  # Class 1: nothing of class 0 counts; 1 is better than 0 and suppresses it.
+  scores = [[0.9, 0.3], [0.8, 0.7], [0.5, 0.0], [0.4, 0.0]]
+  found, kept = _detect(scores)
+  assert kept == [(0, 0), (1, 1), (2, 0)]
+  np.testing.assert_allclose(found.score, [0.9, 0.7, 0.5], rtol=1e-6)
+  np.testing.assert_array_equal(found.boxes, PROPOSALS.boxes[[0, 1, 2]])
+  expected = MEMBERSHIP[[0, 1, 2]][:, PROPOSALS.superpixels]
+  np.testing.assert_array_equal(found.masks, expected)
+  # At 0.6 the IoU of 0.6 is not above the threshold.
+  kept = _detect(scores, nms_iou=0.6)[1]
+  assert kept == [(0, 0), (1, 0), (1, 1), (2, 0), (0, 1)]
+
+
+def test_what_is_suppressed_suppresses_nobody():
+  # 1 falls to 0 (0.6 > 0.4); 2 overlaps 1 by 1/3 and 0 by 3/7.
+  scores = [[0.9], [0.8], [0.7], [0.0]]
+  assert _detect(scores, nms_iou=0.45)[1] == [(0, 0), (2, 0)]
+  scores = [[0.0], [0.8], [0.7], [0.6]]
+  # 3 overlaps 1 by 3/6 and 2 by 3/8.
+  assert _detect(scores, nms_iou=0.4)[1] == [(1, 0), (2, 0)]
+
+
+def test_limits_of_score_and_number():
+  scores = [[0.9, 0.3], [0.0, 0.7], [0.5, 0.2], [0.0, 0.0]]
+  assert _detect(scores, min_score=0.25)[1] == [(0, 0), (1, 1), (2, 0)]
+  assert _detect(scores, max_detections=2)[1] == [(0, 0), (1, 1)]
+  found, kept = _detect(np.zeros((4, 2)))
+  assert kept == []
+  assert found.masks.shape == (0, 1, 10)
+
+
+def test_paste_puts_constant_masks_into_their_boxes():
+  masks = np.stack([np.full((4, 4), 0.25), np.full((4, 4), 1.0)])
+  boxes = np.array([[1, 2, 4, 9], [0, 0, 6, 3]], np.int32)
+  found = paste_masks(masks.astype(np.float32), boxes, (6, 10))
+  expected = np.zeros((2, 6, 10))
+  expected[0, 1:4, 2:9] = 0.25
+  expected[1, :, :3] = 1
+  np.testing.assert_allclose(found, expected)
+
+
+def test_paste_interpolates_between_cell_middles():
+  # Two columns, 0 and 1, over four pixels: 0, 1/4, 3/4, 1.
+  mask = np.array([[[0, 1], [0, 1]]], np.float32)
+  found = paste_masks(mask, np.array([[0, 1, 2, 5]], np.int32), (2, 6))
+  np.testing.assert_allclose(found[0], [[0, 0, 0.25, 0.75, 1, 0]] * 2)
+
+
+def test_superpixels_take_the_mean_of_the_proposals_that_hold_them():
+  members = np.array([[1, 1, 0, 0], [0, 1, 0, 0]], bool)
+  proposals = Proposals(
+    # Areas 2, 1, 3, 4: both proposals, of 3 and of 1 pixels.
+    superpixels=np.repeat(np.arange(4), [2, 1, 3, 4])[None],
+    membership=members,
+    boxes=np.zeros((2, 4), np.int32),
+    scores=np.ones(2, np.float32),
+  )
+  scores = np.array([[0.2, 1.0], [0.8, 0.5]], np.float32)
+  found = superpixel_votes(scores, proposals)
+  np.testing.assert_allclose(found[0], scores[0], rtol=1e-6)
+  # The smaller one has the larger say.
+  assert 0.5 < found[1, 0] < 0.8
+  assert 0.5 < found[1, 1] < 0.75
+  np.testing.assert_array_equal(found[2:], np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize("num_refinements", [0, 2])
+def test_scores_are_the_mean_of_the_heads_or_the_scaled_mil_scores(
+  num_refinements,
+):
+  model = tiny.make_model(num_refinements=num_refinements, instance=False)
+  batch = tiny.make_batch()
+  batch.valid[0, 9:] = False
+  variables = tiny.make_variables(model, batch)
+  found = jax.device_get(make_score_step(model)(variables, batch))
+  features = model.apply(variables, batch, train=False, method="features")
+  outputs = model.apply(variables, features, batch, train=False, method="mine")
+  if num_refinements:
+    heads = np.stack(outputs.refinement_logits).astype(np.float64)
+    heads = np.exp(heads) / np.exp(heads).sum(-1, keepdims=True)
+    expected = heads.mean(0)[..., : tiny.K]
+    expected = np.where(batch.valid[..., None], expected, 0)
+    np.testing.assert_allclose(found.proposals, expected, atol=1e-5)
+  else:
+    # The best proposal of a class has the image's score of the class.
+    np.testing.assert_allclose(found.proposals.max(1), found.image, rtol=1e-5)
+    mil = np.asarray(outputs.mil_scores)
+    np.testing.assert_array_equal(found.proposals.argmax(1), mil.argmax(1))
+  assert not found.proposals[0, 9:].any()
+  np.testing.assert_allclose(found.image, outputs.image_scores, rtol=1e-5)
+  np.testing.assert_allclose(found.semantic.sum(-1), 1, rtol=1e-5)
+
+
+def test_mask_step_takes_the_channel_of_the_class():
+  model = tiny.make_model(semantic=False)
+  batch = tiny.make_batch(1)
+  variables = tiny.make_variables(model, batch)
+  features = np.random.default_rng(0).normal(size=(1, 8, 8, 8)).astype("f")
+  boxes = batch.boxes[:, :3]
+  category = np.array([[2, 0, 1]])
+  found = make_mask_step(model)(variables, features, boxes, category)
+  logits = np.asarray(
+    model.apply(variables, features, boxes, method="instance_logits")
+  )
+  for n, c in enumerate(category[0]):
+    expected = 1 / (1 + np.exp(-logits[0, n, :, :, c]))
+    np.testing.assert_allclose(found[0, n], expected, atol=1e-4)

@@ -1,0 +1,160 @@
+"""Configurations to models."""
+
+import importlib
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import configs
+from configs import base
+from jtsm_jax.models.resnet_ws import ResNetWS
+from jtsm_jax.train import build
+from jtsm_jax.types import Batch, Categories, Category, InputError
+
+CATEGORIES = Categories(
+  tuple(Category(i, f"class {i}", i < 3) for i in range(5))
+)
+CONFIGS = sorted(
+  path.stem
+  for path in pathlib.Path(configs.__file__).parent.glob("*.py")
+  if path.stem != "__init__"
+)
+
+
+def _batch(canvas, *, P=4, S=6):
+  return Batch(
+    image_index=np.zeros(1, np.int32),
+    images=np.zeros((1, *canvas, 3), np.uint8),
+    features=None,
+    size=np.array([canvas], np.int32),
+    flip=np.zeros(1, bool),
+    tags=np.zeros((1, len(CATEGORIES)), np.float32),
+    superpixels=np.zeros((1, *canvas), np.int32),
+    membership=np.zeros((1, P, S), bool),
+    boxes=np.zeros((1, P, 4), np.float32),
+    valid=np.ones((1, P), bool),
+  )
+
+
+def _params(config):
+  model = build.build_model(config, CATEGORIES)
+  batch = _batch(min(config.data.canvases))
+  return model, jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration_builds(name):
+  config = importlib.import_module(f"configs.{name}").get_config()
+  model, params = _params(config)
+  assert (model.instance is not None) == config.instance.enabled
+  assert (model.semantic is not None) == config.semantic.enabled
+  optimizer = build.main_optimizer(config, params)
+  jax.eval_shape(optimizer.init, params)
+  warm_up = build.warm_up_optimizer(config, params)
+  assert (warm_up is not None) == (config.warm_up.steps > 0)
+  mining = build.mining_settings(config, num_things=3, num_slots=7)
+  assert mining.num_slots == 7
+  assert mining.score_ratio == config.mining.score_ratio
+  losses = build.loss_settings(config)
+  assert losses.mask_stride == config.losses.mask_stride
+  sides = np.array([*config.data.canvases, *config.data.eval_canvases])
+  assert not (sides % config.backbone.stride).any()
+  assert not (sides % config.losses.mask_stride).any()
+
+
+def test_base_is_the_paper():
+  model, params = _params(base.get_config())
+  heads = {k: v["kernel"].shape[1] for k, v in params["heads"].items()}
+  assert heads == {
+    "mil_classes": 5,
+    "mil_proposals": 5,
+    **{f"refinement_{r}": 6 for r in (1, 2, 3, 4)},
+  }
+  assert params["neck"]["fc1"]["kernel"].shape == (512 * 7 * 7, 4096)
+  assert params["neck"]["fc2"]["kernel"].shape == (4096, 4096)
+  assert params["instance"]["conv1"]["kernel"].shape == (3, 3, 512, 256)
+  assert params["semantic"]["predictor"]["kernel"].shape == (256, 3)
+  assert model.extractor.stride == 8
+  assert model.proposal_features.pooling == "moi"
+
+
+def test_branches_without_classes_are_left_out():
+  config = base.get_config()
+  things = Categories(CATEGORIES.items[:3])
+  stuff = Categories(CATEGORIES.items[3:])
+  assert build.build_model(config, things).semantic is None
+  assert build.build_model(config, things).instance is not None
+  assert build.build_model(config, stuff).instance is None
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("name", "vgg16", "'vgg16'; wanted one of resnet_ws, efficientnet_lite0"),
+    ("outputs", ("res5", "res6"), "res6.*stem, res2, res3, res4, res5"),
+    ("freeze", "res9", "'res9'"),
+  ],
+)
+def test_unknown_backbones_and_stages_are_input_errors(field, value, message):
+  config = base.get_config()
+  config.backbone[field] = value
+  with pytest.raises(InputError, match=message):
+    build.build_model(config, CATEGORIES)
+
+
+def test_unknown_weights_are_an_input_error(tmp_path):
+  config = base.get_config()
+  assert build.load_pretrained(config, tmp_path) is None
+  config.backbone.pretrained = "coco"
+  with pytest.raises(InputError, match=r"'coco'.*resnet_ws.*'imagenet'"):
+    build.load_pretrained(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("freeze", "norm", "moving"),
+  [
+    ("all", "frozen", set()),
+    ("res4", "group", {"res5_0", "res5_1"}),
+    ("stem", "frozen", {f"res{s}_{i}" for s in range(2, 6) for i in (0, 1)}),
+  ],
+)
+def test_frozen_stages_get_no_update(freeze, norm, moving):
+  config = base.get_config()
+  config.backbone.freeze, config.backbone.norm = freeze, norm
+  backbone = jax.eval_shape(
+    lambda key: ResNetWS(width=0.125, norm=norm).init(
+      key, np.zeros((1, 32, 32, 3), np.float32), train=False
+    ),
+    jax.random.key(0),
+  )["params"]
+  shapes = {
+    "extractor": {"backbone": backbone},
+    "neck": {"fc1": {"bias": jax.ShapeDtypeStruct((2,), np.float32)}},
+    "tag_head": {"Dense_0": {"bias": jax.ShapeDtypeStruct((2,), np.float32)}},
+  }
+  params = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes)
+  optimizer = build.main_optimizer(config, params)
+  updates, _ = jax.jit(lambda p: optimizer.update(p, optimizer.init(p), p))(
+    params
+  )
+  assert np.all(updates["neck"]["fc1"]["bias"] < 0)
+  assert not np.any(updates["tag_head"]["Dense_0"]["bias"])
+  layers = jax.tree_util.tree_leaves_with_path(updates["extractor"]["backbone"])
+  for path, update in layers:
+    names = [k.key for k in path]
+    moves = names[0] in moving and not (norm == "frozen" and "norm" in names)
+    assert bool(np.all(update != 0)) == moves, names
+    assert bool(np.any(update != 0)) == moves, names
+
+
+@pytest.mark.parametrize("name", ["shapes", "base"])
+def test_stages_share_out_the_parameters(name):
+  config = importlib.import_module(f"configs.{name}").get_config()
+  _, params = _params(config)
+  stages = build.STAGES[config.backbone.name]
+  for layer in params["extractor"]["backbone"]:
+    hits = [s for s, start in stages.items() if re.match(start, f"{layer}/")]
+    assert len(hits) == 1, (layer, hits)

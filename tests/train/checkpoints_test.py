@@ -1,0 +1,172 @@
+"""Checkpoints: exact, and robust against damaged files."""
+
+import shutil
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jtsm_jax.train import checkpoints
+from jtsm_jax.train.state import TrainState
+from jtsm_jax.types import InputError
+from tests import tiny
+
+OPTIMIZER = optax.adam(0.1)
+
+
+def _state(step):
+  rng = np.random.default_rng(step)
+  params = {"neck": {"kernel": jnp.array(rng.normal(size=(3, 2)), "float32")}}
+  opt_state = OPTIMIZER.init(params)
+  return TrainState(
+    step=jnp.int32(step),
+    params=params,
+    model_state={"constants": {"mean": jnp.array(rng.normal(size=3))}},
+    opt_state=jax.tree.map(lambda x: x + x.dtype.type(step), opt_state),
+  )
+
+
+def _mined(seed, *, slots=3):
+  rng = np.random.default_rng(seed)
+  return tiny.make_mined(rng.integers(0, 5, (2, slots)), rng.random((2, slots)))
+
+
+def _iterator():
+  return iter(grain.MapDataset.range(100).to_iter_dataset())
+
+
+def _save(manager, step, *, in_flight=(), metrics=None):
+  iterator = _iterator()
+  for _ in range(step):
+    next(iterator)
+  checkpoints.save(
+    manager, _state(step), list(in_flight), iterator, metrics=metrics
+  )
+  manager.wait_until_finished()
+
+
+def _template(*in_flight):
+  def shapes(tree):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )
+
+  return lambda step: (
+    shapes(_state(0)),
+    [shapes(m) for m in in_flight],
+    _iterator(),
+  )
+
+
+def _assert_equal(found, expected):
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def _damage(directory, step):
+  """Cuts every file of the state, as a full disk would."""
+  files = [p for p in (directory / str(step) / "state").rglob("*")]
+  files = [p for p in files if p.is_file() and p.stat().st_size]
+  assert files
+  for path in files:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+  """A run's folder of checkpoints; damaged ones are moved beside it."""
+  (tmp_path / "checkpoints").mkdir()
+  return tmp_path / "checkpoints"
+
+
+def test_state_segments_and_position_come_back(tmp_path):
+  in_flight = [_mined(1), _mined(2)]
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    assert checkpoints.restore_latest(manager, _template()) is None
+    _save(manager, 3)
+    _save(manager, 7, in_flight=in_flight)
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    state, mined, iterator = checkpoints.restore_latest(
+      manager, _template(*in_flight)
+    )
+  _assert_equal(state, _state(7))
+  _assert_equal(mined, in_flight)
+  assert next(iterator) == 7
+
+
+def test_variables_for_evaluation(tmp_path):
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    _save(manager, 2)
+    _save(manager, 4)
+  step, variables = checkpoints.restore_variables(tmp_path)
+  assert step == 4
+  _assert_equal(variables, _state(4).variables)
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, caplog):
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    _save(manager, 2)
+    _save(manager, 4)
+  _damage(tmp_path, 4)
+  step, variables = checkpoints.restore_variables(tmp_path)
+  assert step == 2
+  _assert_equal(variables, _state(2).variables)
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    state, _, iterator = checkpoints.restore_latest(manager, _template())
+    _assert_equal(state, _state(2))
+    assert next(iterator) == 2
+    # The run comes to the same step again and can save it.
+    _save(manager, 4)
+  message = f"checkpoint 4 in {tmp_path} is damaged"
+  warned = [r for r in caplog.records if message in r.getMessage()]
+  assert len(warned) == 2  # one for each of the two that looked
+  assert checkpoints.restore_variables(tmp_path)[0] == 4
+
+
+def test_all_damaged_is_an_input_error(tmp_path):
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    _save(manager, 2)
+    _save(manager, 4)
+  for step in (2, 4):
+    _damage(tmp_path, step)
+  with (
+    checkpoints.open_checkpoints(tmp_path) as manager,
+    pytest.raises(InputError, match=r"checkpoints \[2, 4\].*--workdir"),
+  ):
+    checkpoints.restore_latest(manager, _template())
+  with pytest.raises(InputError, match="no checkpoint can be read"):
+    checkpoints.restore_variables(tmp_path)
+
+
+def test_no_checkpoints_is_an_input_error(tmp_path):
+  with pytest.raises(InputError, match="--mode=train"):
+    checkpoints.restore_variables(tmp_path / "none")
+  assert not (tmp_path / "none").exists()
+
+
+def test_the_last_two_and_the_best_are_kept(tmp_path):
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    for step, pq in ((1, 0.1), (2, 0.5), (3, None), (4, 0.3), (5, None)):
+      _save(manager, step, metrics=pq and {"pq": pq})
+    assert sorted(manager.all_steps()) == [2, 4, 5]
+  # Also after a restart: the figure of the best one is on disk.
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    _save(manager, 6, metrics={"pq": 0.4})
+    _save(manager, 7, metrics={"pq": 0.6})
+    _save(manager, 8)
+    _save(manager, 9)
+    assert sorted(manager.all_steps()) == [7, 8, 9]
+
+
+def test_unfinished_write_is_not_a_checkpoint(tmp_path):
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    _save(manager, 2)
+    _save(manager, 4)
+  # What a killed process leaves: a folder without its last rename.
+  shutil.move(tmp_path / "4", tmp_path / "4.orbax-checkpoint-tmp")
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    state, _, _ = checkpoints.restore_latest(manager, _template())
+  assert int(state.step) == 2
