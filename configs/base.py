@@ -79,7 +79,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.neck = ml_collections.ConfigDict()
   c.neck.widths = (4096, 4096)
   c.neck.dropout = 0.5
-  c.neck.input_dropout = 0.0
+  c.neck.input_dropout = 0.0  # of the pooled features
+  c.neck.share_input_dropout = False  # one mask for all proposals of an image
   c.heads = ml_collections.ConfigDict()
   c.heads.num_refinements = 4  # n_r (Table 3)
   c.heads.zero_init = False

@@ -30,7 +30,6 @@ def get_config() -> ml_collections.ConfigDict:
   c.backbone.projection = 128
 
   c.pooling.availability = "coverage"
-  c.pooling.output_size = (1, 1)
   c.pooling.reduce = "mean"
   c.pooling.average = True
   c.pooling.center = True

@@ -33,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.pooling.size_exponents = (0.25, 0.5)
   c.neck.widths = ()
   c.neck.input_dropout = 0.5
+  c.neck.share_input_dropout = True
   c.heads.num_refinements = 3
 
   c.instance.channels = 64

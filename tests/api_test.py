@@ -105,7 +105,7 @@ def test_public_names_have_docstrings(module):
 def test_options_of_long_signatures_are_given_by_name(module):
   # f(image, 0.5, True) cannot be read: in functions of more than three
   # parameters every switch and fraction has to be named, and whatever has a
-  # default, unless it is text to be shown.
+  # default, unless it comes first or is text to be shown.
   wrong = []
   for name, node in _public(module):
     if not isinstance(node, ast.FunctionDef):
@@ -116,7 +116,7 @@ def test_options_of_long_signatures_are_given_by_name(module):
     first_default = len(positional) - len(node.args.defaults)
     for i, argument in enumerate(positional):
       kind = ast.unparse(argument.annotation) if argument.annotation else ""
-      optional = i >= first_default and "str" not in kind
+      optional = i >= max(first_default, 1) and "str" not in kind
       if optional or kind in ("float", "bool"):
         wrong.append(f"{name}({argument.arg})")
   assert not wrong, f"{module}: not keyword-only: {wrong}"

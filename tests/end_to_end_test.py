@@ -40,6 +40,9 @@ def environment(tmp_path_factory):
     "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PLATFORMS": "cpu",
+    # Compiled soon rather than well.
+    "XLA_FLAGS": "--xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true",
   }
 
 
@@ -341,7 +344,7 @@ def test_kills_in_the_warm_up_and_with_masks_in_flight(
   assert 4 <= stopped < LAST_STEP
   at_kill, _ = everything_in(workdir / "checkpoints" / str(stopped))
   assert at_kill["in_flight['count']"] == 2
-  assert at_kill["in_flight['mined'][1].valid"].any()
+  assert at_kill["in_flight['mined'][1]['valid']"].any()
   out, _ = run(workdir, *flags, config=config)
   assert f"going on from step {stopped} of {LAST_STEP}" in out
   assert_same_end(workdir, whole)
@@ -592,7 +595,7 @@ def break_pictures(root):
       write("train_tags.csv", "image,tags\nabsent.jpg,waves\n"),
       "line 2: image 'absent.jpg' is not in",
     ),
-    (spoil(break_pictures), "3 of 18 images cannot be decoded"),
+    (spoil(break_pictures), "2 of 18 images cannot be decoded"),
   ],
 )
 def test_wrong_data(flags, message, folder, fault, tmp_path):

@@ -18,19 +18,23 @@ class Neck(nn.Module):
   Attributes:
     widths: units of each layer; the paper has (4096, 4096).
     dropout: rate after each layer.
-    input_dropout: rate on the pooled features themselves; an image's proposals
-      lose the same ones, so that they stay comparable.
+    input_dropout: rate on the pooled features themselves.
+    share_input_dropout: all proposals of an image lose the same features, which
+      is faster and keeps them comparable.
   """
 
   widths: tuple[int, ...] = (4096, 4096)
   dropout: float = 0.5
   input_dropout: float = 0.0
+  share_input_dropout: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Maps [B, P, D] to [B, P, widths[-1]]."""
     x = nn.Dropout(
-      self.input_dropout, broadcast_dims=(1,), deterministic=not train
+      self.input_dropout,
+      broadcast_dims=(1,) if self.share_input_dropout else (),
+      deterministic=not train,
     )(x)
     for i, width in enumerate(self.widths):
       x = nn.Dense(

@@ -93,6 +93,7 @@ def build_model(
       widths=tuple(config.neck.widths),
       dropout=config.neck.dropout,
       input_dropout=config.neck.input_dropout,
+      share_input_dropout=config.neck.share_input_dropout,
     ),
     heads=MiningHeads(
       num_classes=len(categories),

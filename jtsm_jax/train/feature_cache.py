@@ -18,7 +18,7 @@ from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.models.pretrained import weights_hash
 from jtsm_jax.types import Batch
 
-DTYPE = np.float16
+DTYPE = np.dtype(np.float16)
 
 
 class FeatureCache:
@@ -84,20 +84,26 @@ class FeatureCache:
       marks[rows[i]] = 1
     # Read back what was written: the first epoch sees what later ones see.
     features = np.where(
-      real[:, None, None, None], maps[rows], np.zeros((), DTYPE)
+      real[:, None, None, None], maps[rows], DTYPE.type(0)
     )
     return batch.replace(images=None, features=features)
 
   def _open(self, name, shape):
-    def file(suffix, dtype, shape):
-      path = self._folder / f"{name}{suffix}"
-      rows = 2 * self._num_images
-      size = rows * int(np.prod(shape)) * np.dtype(dtype).itemsize
-      exists = path.exists() and path.stat().st_size == size
-      mode = "r+" if exists else "w+"
-      return np.memmap(path, dtype, mode, shape=(rows, *shape))
-
-    return file(".f16", DTYPE, shape), file(".marks", np.uint8, ())
+    rows = 2 * self._num_images
+    files = (
+      (self._folder / f"{name}.f16", DTYPE, (rows, *shape)),
+      (self._folder / f"{name}.marks", np.dtype(np.uint8), (rows,)),
+    )
+    # Marks without their maps would vouch for zeros: both are whole, or new.
+    whole = all(
+      path.exists()
+      and path.stat().st_size == int(np.prod(shape)) * dtype.itemsize
+      for path, dtype, shape in files
+    )
+    return tuple(
+      np.memmap(path, dtype, "r+" if whole else "w+", shape=shape)
+      for path, dtype, shape in files
+    )
 
 
 def cache_bytes(
@@ -116,5 +122,5 @@ def cache_bytes(
       variables,
       image,
     )
-    total += 2 * num_images * features.size * DTYPE().itemsize
+    total += 2 * num_images * features.size * DTYPE.itemsize
   return total

@@ -357,7 +357,7 @@ def test_augment_turns_square_images_and_shuffles_channels():
     for order in orders
   }
   ways = [all_ways[x.tobytes()] for x in found]
-  assert len(set(ways[:100])) == 24 or len(set(ways[:100])) > 18
+  assert len(set(ways[:100])) > 18  # of 24
   assert {order for _, order in ways} == set(orders)
   assert {k for k, _ in ways[:100]} == {0, 1, 2, 3}
   assert {k for k, _ in ways[100:]} == {0}
