@@ -378,6 +378,7 @@ def run_evaluation(
   print(f"mIoU {result['semantic']['miou']:.1f}")
   print(f"\nfigures    {folder_ / 'metrics.json'}")
   print(f"pictures   {folder_ / 'overlays'}")
+  print(f"           {workdir / 'mining'}")
   _print_next(workdir)
 
 

@@ -33,9 +33,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from jtsm_jax.console import progress
 from jtsm_jax.data.panoptic_files import decode_ids, encode_ids, read_json
 from jtsm_jax.data.transforms import decode_image
-from jtsm_jax.reporting.console import progress
 from jtsm_jax.types import (
   Categories,
   InputError,

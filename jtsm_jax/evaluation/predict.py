@@ -10,6 +10,7 @@ import cv2
 import jax
 import numpy as np
 
+from jtsm_jax.console import progress
 from jtsm_jax.data.pipeline import ProposalStore, inference_batches
 from jtsm_jax.data.prepared import RecordSource
 from jtsm_jax.evaluation.class_calibration import (
@@ -26,7 +27,6 @@ from jtsm_jax.evaluation.inference import (
   superpixel_votes,
 )
 from jtsm_jax.models.jtsm import JTSM
-from jtsm_jax.reporting.console import progress
 from jtsm_jax.train.feature_cache import FeatureCache
 from jtsm_jax.types import Batch, Detections, PanopticMap, Proposals
 
@@ -58,8 +58,10 @@ class PredictionSettings:
   mil_share: float = 0.0
   mask_share: float = 1.0
   semantic_share: float = 1.0
-  detection: DetectionSettings = DetectionSettings()
-  fusion: FusionSettings = FusionSettings()
+  detection: DetectionSettings = dataclasses.field(
+    default_factory=DetectionSettings
+  )
+  fusion: FusionSettings = dataclasses.field(default_factory=FusionSettings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,7 @@ def predict(
       for i, index in enumerate(batch.image_index):
         if index < 0:
           continue
-        proposals = _proposals_of(store, source, int(index))
+        proposals = proposals_of(store, source, int(index))
         count = min(len(proposals.boxes), settings.max_proposals)
         proposals = dataclasses.replace(
           proposals,
@@ -245,7 +247,10 @@ def _unflip(grid: np.ndarray, columns: int) -> np.ndarray:
   return grid
 
 
-def _proposals_of(store, source, index) -> Proposals:
+def proposals_of(
+  store: ProposalStore, source: RecordSource, index: int
+) -> Proposals:
+  """The proposals of an image; the whole image where the store has none."""
   image_id = source.image_ids[index]
   if image_id in store:
     return store.get(image_id)

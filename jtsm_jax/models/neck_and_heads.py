@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jtsm_jax.types import MiningOutputs
 
 SCORE_EPSILON = 1e-6
-"""Image scores are kept this far from 0 and 1, so that logarithms are finite."""
+"""Image scores keep this distance from 0 and 1: logarithms stay finite."""
 
 
 class Neck(nn.Module):

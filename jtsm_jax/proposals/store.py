@@ -38,8 +38,8 @@ from typing import Protocol
 import numpy as np
 from array_record.python import array_record_module
 
+from jtsm_jax.console import progress
 from jtsm_jax.proposals import generate
-from jtsm_jax.reporting.console import progress
 from jtsm_jax.types import InputError, Proposals, Record
 
 MAGIC = b"JTSM"

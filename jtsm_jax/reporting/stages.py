@@ -53,30 +53,26 @@ def prediction_sheet(
 
 def mining_sheet(
   image: np.ndarray,
-  tags: Sequence[int],
-  segments: Sequence[np.ndarray],
-  masks: Sequence[np.ndarray],
+  mined: Sequence[tuple[int, np.ndarray, np.ndarray | None]],
   categories: Categories,
 ) -> np.ndarray:
-  """For each tag of a training image the mined segment and its pseudo mask.
+  """The mined segments of a training image and their pseudo masks.
 
   Args:
     image: [H, W, 3] uint8 RGB.
-    tags: class of each mined segment.
-    segments: [H, W] bool each, as mined.
-    masks: [H, W] bool each, as re-estimated.
+    mined: (class, segment [H, W] bool, re-estimated mask [H, W] bool or None).
     categories: the classes.
 
   Returns:
     One picture, uint8 RGB: a row for each segment.
   """
   colours = class_colours(categories)
-  rows = [
-    [
-      image,
-      draw_mask(image, segment, colours[tag], categories.names[tag]),
-      draw_mask(image, mask, colours[tag], categories.names[tag]),
-    ]
-    for tag, segment, mask in zip(tags, segments, masks, strict=True)
-  ]
-  return contact_sheet(rows, ["image", "mined segment", "pseudo mask"])
+  rows = []
+  for category, segment, mask in mined:
+    style = colours[category], categories.names[category]
+    row = [image, draw_mask(image, segment, *style)]
+    row.append(None if mask is None else draw_mask(image, mask, *style))
+    rows.append(row)
+  return contact_sheet(
+    rows, ["image", "mined segment", "pseudo mask"], tile_size=320
+  )

@@ -83,9 +83,7 @@ class FeatureCache:
       maps[rows[i]] = np.asarray(self._extract(batch.images[i : i + 1])[0])
       marks[rows[i]] = 1
     # Read back what was written: the first epoch sees what later ones see.
-    features = np.where(
-      real[:, None, None, None], maps[rows], DTYPE.type(0)
-    )
+    features = np.where(real[:, None, None, None], maps[rows], DTYPE.type(0))
     return batch.replace(images=None, features=features)
 
   def _open(self, name, shape):

@@ -12,14 +12,13 @@ from collections.abc import Callable
 import jax
 import ml_collections
 import numpy as np
-from absl import logging
 
+from jtsm_jax.console import progress
 from jtsm_jax.data.pipeline import make_pipeline
 from jtsm_jax.data.prepared import PreparedData, RecordSource
 from jtsm_jax.mining.labels import slots_needed
 from jtsm_jax.mining.masks import MaskReestimator
 from jtsm_jax.proposals.store import ProposalStore
-from jtsm_jax.reporting.console import progress
 from jtsm_jax.train import build, checkpoints, reestimation
 from jtsm_jax.train import step as step_parts
 from jtsm_jax.train.calibrate import calibrate
@@ -30,6 +29,7 @@ from jtsm_jax.train.state import TrainState, create_state
 from jtsm_jax.types import Batch, Mined
 
 Evaluate = Callable[[TrainState], dict[str, float]]
+ShowMined = Callable[[Batch, Mined, reestimation.Futures | None], None]
 
 
 def train(
@@ -39,6 +39,7 @@ def train(
   data: PreparedData,
   store: ProposalStore,
   evaluate: Evaluate | None = None,
+  show_mined: ShowMined | None = None,
 ) -> TrainState:
   """Trains, or goes on training, in `workdir`.
 
@@ -51,6 +52,8 @@ def train(
     store: proposals of its images.
     evaluate: called every `config.train.evaluate_every` steps; returns metrics,
       of which "pq" decides the best checkpoint.
+    show_mined: called in the last step with a batch, its mined segments and,
+      with branches, the futures of their masks.
 
   Returns:
     The state after the last step.
@@ -203,9 +206,8 @@ def train(
       batch = cache.attach(batch) if cache else batch
       device_batch = put_batch(batch, mesh)
       grads, mined, metrics = mining_gradients(state, device_batch)
-      grads = [grads]
+      grads, mined, futures = [grads], jax.device_get(mined), None
       if has_branches and step >= branch_start:
-        mined = jax.device_get(mined)
         in_flight.append((batch, mined, submit(batch, mined)))
         if len(in_flight) > lag:
           batch, mined, futures = in_flight.popleft()
@@ -218,6 +220,8 @@ def train(
           grads.append(branch_grads)
           metrics |= branch_metrics
       state = apply_gradients(state, *grads)
+      if show_mined is not None and step + 1 == last_step:
+        show_mined(batch, mined, futures)
     meter.add(metrics)
     bar.update()
 

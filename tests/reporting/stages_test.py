@@ -34,9 +34,9 @@ def sheets(monkeypatch):
   calls = []
   true_sheet = stages.contact_sheet
 
-  def contact_sheet(rows, titles):
+  def contact_sheet(rows, titles, **options):
     calls.append((rows, titles))
-    return true_sheet(rows, titles)
+    return true_sheet(rows, titles, **options)
 
   monkeypatch.setattr(stages, "contact_sheet", contact_sheet)
   return calls
@@ -63,7 +63,7 @@ def test_prediction_sheet_has_the_target_only_where_there_is_one(
 
 def test_mining_sheet_has_a_row_for_each_segment(sheets):
   found = stages.mining_sheet(
-    IMAGE, [0, 1], [LEFT, ~LEFT], [LEFT, LEFT], CATEGORIES
+    IMAGE, [(0, LEFT, LEFT), (1, ~LEFT, LEFT)], CATEGORIES
   )
   [(rows, titles)] = sheets
   assert titles == ["image", "mined segment", "pseudo mask"]
@@ -71,5 +71,6 @@ def test_mining_sheet_has_a_row_for_each_segment(sheets):
   # The first segment was left as it is, the second was not.
   np.testing.assert_array_equal(rows[0][1], rows[0][2])
   assert (rows[1][1] != rows[1][2]).any()
-  one = stages.mining_sheet(IMAGE, [0], [LEFT], [LEFT], CATEGORIES)
+  one = stages.mining_sheet(IMAGE, [(0, LEFT, None)], CATEGORIES)
   assert found.shape[0] > one.shape[0]
+  assert sheets[1][0][0][2] is None  # no mask, no picture of it

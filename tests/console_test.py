@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from jtsm_jax.reporting import console
+from jtsm_jax import console
 
 
 def test_log_has_few_whole_lines(capsys):
