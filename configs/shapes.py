@@ -54,5 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.evaluation.calibrate = True
   c.evaluation.mil_share = 0.5
+  c.evaluation.mask_share = 0.6
+  c.evaluation.semantic_share = 0.5
   c.evaluation.batch_size = 8
   return c
