@@ -9,6 +9,7 @@ Without --mode, everything that is missing is done: prepare, propose, train,
 evaluate. A run that was stopped goes on where it was.
 """
 
+import os
 import pathlib
 import sys
 from typing import NoReturn
@@ -59,8 +60,11 @@ def main(argv: list[str]) -> None:
   except InputError as error:
     _fail(str(error))
   except KeyboardInterrupt:
-    print("\nstopped; the same command goes on from here", file=sys.stderr)
-    sys.exit(130)
+    print("\nstopped; the same command goes on where it was", file=sys.stderr)
+    sys.stderr.flush()
+    # At once: threads that still save would only complain. What is on disk is
+    # whole at any time.
+    os._exit(130)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -48,6 +48,14 @@ def progress(
   return _LogLines(**shared, mininterval=10, miniters=1, bar_format=line)
 
 
+def say(text: str) -> None:
+  """Prints on stdout, above the progress lines of a terminal."""
+  if sys.stderr.isatty():
+    tqdm.tqdm.write(text)
+  else:
+    print(text)
+
+
 class _LogLines(tqdm.tqdm):
   """tqdm for a log: a line each time instead of one that is drawn over."""
 

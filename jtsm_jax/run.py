@@ -14,6 +14,7 @@ from typing import Any
 import ml_collections
 from absl import logging
 
+from jtsm_jax.console import say
 from jtsm_jax.data import folder, prepared, shapes
 from jtsm_jax.data.panoptic_files import write_panoptic
 from jtsm_jax.data.pipeline import with_fallback
@@ -276,7 +277,7 @@ def run_training(
       data.splits["val"],
       data.categories,
     )
-    print(format_table(result))
+    say(format_table(result))
     return {
       "pq": result["all"]["pq"],
       "pq_things": result["things"]["pq"],

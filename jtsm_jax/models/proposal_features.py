@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 import pallas_kernels as pk
 from jtsm_jax.types import Batch
@@ -61,11 +62,19 @@ class ProposalFeatures(nn.Module):
 
   def pool(self, features: jax.Array, batch: Batch) -> list[jax.Array]:
     """The pooled part and, if asked for, the averaged part: [B, P, Di] each."""
-    arrays = features, batch.superpixels, batch.membership, batch.boxes
-    # Image by image is faster where nothing runs in parallel anyhow.
-    if jax.default_backend() == "cpu":
-      return jax.lax.map(lambda image: self._pool_image(*image), arrays)
-    return jax.vmap(self._pool_image)(*arrays)
+
+    def pool(*arrays):
+      # Image by image is faster where nothing runs in parallel anyhow.
+      if jax.default_backend() == "cpu":
+        return jax.lax.map(lambda image: self._pool_image(*image), arrays)
+      return jax.vmap(self._pool_image)(*arrays)
+
+    # XLA cannot split the loops of the pooling over devices by itself.
+    mesh = jax.sharding.get_abstract_mesh()
+    if "data" in mesh.axis_names and mesh.shape["data"] > 1:
+      spec = PartitionSpec("data")
+      pool = jax.shard_map(pool, in_specs=spec, out_specs=spec, check_vma=False)
+    return pool(features, batch.superpixels, batch.membership, batch.boxes)
 
   def _pool_image(self, features, superpixels, membership, boxes):
     grid = pk.grid_boxes(boxes, stride=self.stride)

@@ -97,7 +97,10 @@ def train(
     )
 
   # State: a new one, or the newest checkpoint of the workdir.
-  mesh = make_mesh()
+  mesh = make_mesh(
+    config.train.batch_size,
+    *([config.warm_up.batch_size] if warm_up_steps else []),
+  )
   example = jax.tree.map(lambda x: x[:1], next(pipeline(last_step))[1])
   pretrained = build.load_pretrained(config, workdir / "weights")
   abstract_params = jax.eval_shape(model.init, key, example)["params"]
@@ -198,14 +201,16 @@ def train(
     _, batch = next(batches)
     meter.count(len(batch.image_index) * jax.process_count())
     if step < warm_up_steps:
-      state, metrics = tag_step(state, put_batch(batch, mesh))
+      with jax.set_mesh(mesh):
+        state, metrics = tag_step(state, put_batch(batch, mesh))
       if step + 1 == warm_up_steps:
         state, batches = begin_mining(state), pipeline(last_step)
         cache = open_cache(state)
     else:
       batch = cache.attach(batch) if cache else batch
       device_batch = put_batch(batch, mesh)
-      grads, mined, metrics = mining_gradients(state, device_batch)
+      with jax.set_mesh(mesh):
+        grads, mined, metrics = mining_gradients(state, device_batch)
       grads, mined, futures = [grads], jax.device_get(mined), None
       if has_branches and step >= branch_start:
         in_flight.append((batch, mined, submit(batch, mined)))

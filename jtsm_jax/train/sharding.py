@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jtsm_jax.types import Batch
 
 
-def make_mesh(num_devices: int | None = None) -> Mesh:
-  """A mesh ("data", "model") over all devices, or the first `num_devices`."""
-  devices = jax.devices()[:num_devices]
+def make_mesh(*batch_sizes: int) -> Mesh:
+  """A mesh ("data", "model") over the devices.
+
+  Args:
+    *batch_sizes: sizes of the global batches; with a single process, only as
+      many devices are used as divide them all.
+  """
+  devices = jax.devices()
+  if jax.process_count() == 1 and batch_sizes:
+    common = math.gcd(*batch_sizes)
+    count = max(n for n in range(1, len(devices) + 1) if common % n == 0)
+    devices = devices[:count]
   return jax.make_mesh(
     (len(devices), 1),
     ("data", "model"),
