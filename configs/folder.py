@@ -41,7 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.instance.channels = 64
   c.semantic.channels = 64
   c.reestimation.longest_side = 160
-  c.reestimation.start = 600
+  c.reestimation.start = 700
   c.losses.instances_per_image = 8
 
   c.train.steps = 1000
@@ -52,7 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.weight_decay = 0.1
   c.train.log_every = 50
   c.train.checkpoint_every = 500
-  c.train.evaluate_every = 500
+  c.train.evaluate_every = 5000
 
   c.evaluation.calibrate = True
   c.evaluation.mil_share = 0.5

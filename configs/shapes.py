@@ -42,11 +42,11 @@ def get_config() -> ml_collections.ConfigDict:
   c.reestimation.start = 1000
   c.losses.instances_per_image = 8
 
-  c.train.steps = 1500
+  c.train.steps = 1300
   c.train.batch_size = 8
   c.train.optimizer = "adamw"
   c.train.learning_rate = 1e-3
-  c.train.boundaries = (1000,)
+  c.train.boundaries = (900,)
   c.train.weight_decay = 0.1
   c.train.log_every = 50
   c.train.checkpoint_every = 500

@@ -307,7 +307,7 @@ def _calibrate(
     store,
     settings=prediction_settings(config),
     cache=build.open_feature_cache(
-      config, workdir, model, variables, "train", len(source)
+      config, workdir, model, variables, source, split="train"
     ),
   )
 
@@ -323,7 +323,7 @@ def _predictions(config, workdir, model, variables, data, store, calibration):
     num_things=data.categories.num_things,
     settings=prediction_settings(config),
     cache=build.open_feature_cache(
-      config, workdir, model, variables, "val", len(source)
+      config, workdir, model, variables, source, split="val"
     ),
     description="evaluate",
   )
@@ -379,7 +379,8 @@ def run_evaluation(
   print(f"mIoU {result['semantic']['miou']:.1f}")
   print(f"\nfigures    {folder_ / 'metrics.json'}")
   print(f"pictures   {folder_ / 'overlays'}")
-  print(f"           {workdir / 'mining'}")
+  if (workdir / "mining").is_dir():
+    print(f"           {workdir / 'mining'}")
   _print_next(workdir)
 
 

@@ -10,6 +10,7 @@ import ml_collections
 import optax
 from absl import logging
 
+from jtsm_jax.data.prepared import RecordSource
 from jtsm_jax.models import efficientnet_lite, pretrained, resnet_ws
 from jtsm_jax.models.features import FeatureExtractor
 from jtsm_jax.models.instance_branch import InstanceBranch
@@ -204,8 +205,9 @@ def open_feature_cache(
   workdir: pathlib.Path,
   model: JTSM,
   variables: Any,
+  source: RecordSource,
+  *,
   split: str,
-  num_images: int,
 ) -> FeatureCache | None:
   """The cache of a split; None where features change, or would not fit."""
   frozen = config.backbone.freeze == "all"
@@ -218,7 +220,7 @@ def open_feature_cache(
     model,
     variables,
     canvases=tuple(tuple(c) for c in canvases),
-    num_images=num_images,
+    num_images=len(source),
   )
   if size > config.backbone.cache_gib * 2**30:
     logging.warning(
@@ -233,8 +235,8 @@ def open_feature_cache(
     pathlib.Path(config.backbone.cache_dir or workdir / "features"),
     model=model,
     variables=variables,
+    source=source,
     split=split,
-    num_images=num_images,
   )
 
 

@@ -6,6 +6,7 @@ training step starts at the pooling, and an epoch on a CPU costs seconds.
 
 from __future__ import annotations
 
+import hashlib
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jtsm_jax.data.prepared import RecordSource
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.models.pretrained import weights_hash
 from jtsm_jax.types import Batch
@@ -35,8 +37,8 @@ class FeatureCache:
     *,
     model: JTSM,
     variables: Any,
+    source: RecordSource,
     split: str,
-    num_images: int,
   ):
     """Opens or makes the cache.
 
@@ -44,8 +46,8 @@ class FeatureCache:
       root: folder of all caches of a run.
       model: its extractor must be frozen.
       variables: what `model.apply` takes.
-      split: name of the split; images are told apart by their position in it.
-      num_images: N of the split.
+      source: the split; images are told apart by their position in it.
+      split: its name.
     """
     # A copy: the training step gives the memory of its state back.
     used = {
@@ -53,10 +55,11 @@ class FeatureCache:
       for name, tree in variables.items()
       if "extractor" in tree
     }
-    self._folder = root / weights_hash(jax.device_get(used))[:16]
+    weights = weights_hash(jax.device_get(used))
+    self._folder = root / f"{weights[:16]}-{_fingerprint(source)}"
     self._folder.mkdir(parents=True, exist_ok=True)
     self._split = split
-    self._num_images = num_images
+    self._num_images = len(source)
     self._files: dict[str, tuple[np.memmap, np.memmap]] = {}
     extract = jax.jit(
       lambda variables, images: model.apply(variables, images, method="extract")
@@ -102,6 +105,14 @@ class FeatureCache:
       np.memmap(path, dtype, "r+" if whole else "w+", shape=shape)
       for path, dtype, shape in files
     )
+
+
+def _fingerprint(source: RecordSource) -> str:
+  """Tells data sets apart that share a folder and have equal names."""
+  digest = hashlib.sha256("\n".join(source.image_ids).encode())
+  for index in (0, len(source) - 1):
+    digest.update(source[index].image)
+  return digest.hexdigest()[:8]
 
 
 def cache_bytes(

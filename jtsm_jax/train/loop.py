@@ -179,7 +179,7 @@ def train(
 
   def open_cache(state: TrainState) -> FeatureCache | None:
     return build.open_feature_cache(
-      config, workdir, model, state.variables, "train", len(source)
+      config, workdir, model, state.variables, source, split="train"
     )
 
   cache = open_cache(state) if first_step >= warm_up_steps else None

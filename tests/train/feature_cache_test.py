@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jtsm_jax.train.feature_cache import FeatureCache, cache_bytes
+from jtsm_jax.types import Record
 from tests import tiny
 
 MODEL = tiny.make_model()
@@ -12,13 +13,30 @@ OTHER = BATCH.replace(images=255 - BATCH.images)
 VARIABLES = tiny.make_variables(MODEL, BATCH)
 
 
-def _open(folder, *, variables=VARIABLES, split="train", num_images=5):
+class Images:
+  """As much of a RecordSource as the cache looks at."""
+
+  def __init__(self, *images):
+    self.image_ids = tuple(f"image_{i}" for i in range(len(images)))
+    self._images = images
+
+  def __len__(self):
+    return len(self._images)
+
+  def __getitem__(self, i):
+    return Record(self.image_ids[i], self._images[i], 1, 1, ())
+
+
+SOURCE = Images(b"a", b"b", b"c", b"d", b"e")
+
+
+def _open(folder, *, variables=VARIABLES, split="train", source=SOURCE):
   return FeatureCache(
     folder,
     model=MODEL,
     variables=variables,
     split=split,
-    num_images=num_images,
+    source=source,
   )
 
 
@@ -64,7 +82,9 @@ def test_only_missing_images_are_computed(tmp_path):
   _assert_features(cache.attach(mixed), expected)
 
 
-@pytest.mark.parametrize("change", ["flip", "canvas", "split", "weights"])
+@pytest.mark.parametrize(
+  "change", ["flip", "canvas", "split", "weights", "data"]
+)
 def test_other_inputs_have_other_rows(tmp_path, change):
   cache, other, variables = _open(tmp_path), OTHER, VARIABLES
   cache.attach(BATCH)
@@ -74,6 +94,8 @@ def test_other_inputs_have_other_rows(tmp_path, change):
     other = OTHER.replace(images=OTHER.images[:, :48])
   elif change == "split":
     cache = _open(tmp_path, split="val")
+  elif change == "data":
+    cache = _open(tmp_path, source=Images(b"A", b"b", b"c", b"d", b"e"))
   else:
     variables = tiny.make_variables(MODEL, BATCH, seed=1)
     cache = _open(tmp_path, variables=variables)
@@ -106,7 +128,8 @@ def test_file_of_another_size_is_made_again(tmp_path, suffix):
 
 def test_split_that_has_grown_is_made_again(tmp_path):
   _open(tmp_path).attach(OTHER)
-  cache = _open(tmp_path, num_images=6)
+  grown = Images(b"a", b"b", b"c", b"d", b"e", b"f")
+  cache = _open(tmp_path, source=grown)
   _assert_features(cache.attach(BATCH), _direct(BATCH))
 
 
