@@ -16,7 +16,6 @@ TESTED_ELSEWHERE = {
   "jtsm_jax/run.py": "tests/end_to_end_test.py",
   "jtsm_jax/train/loop.py": "tests/end_to_end_test.py",
   "jtsm_jax/evaluation/evaluate.py": "tests/end_to_end_test.py",
-  "jtsm_jax/evaluation/predict.py": "tests/end_to_end_test.py",
   # Data types: every test makes some.
   "jtsm_jax/types.py": "tests/data/panoptic_files_test.py",
   # The implementations of one operator, compared with each other.

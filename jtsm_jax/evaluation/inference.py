@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,7 @@ class DetectionSettings:
   area_exponent: float = 0.0
 
 
+@functools.lru_cache(maxsize=8)  # an evaluation in training compiles once
 def make_score_step(
   model: JTSM, *, mil_share: float = 0.0
 ) -> Callable[[Any, Batch], Scores]:
@@ -95,6 +97,7 @@ def make_score_step(
   return score
 
 
+@functools.lru_cache(maxsize=8)
 def make_mask_step(model: JTSM) -> Callable[..., jax.Array]:
   """The jitted instance branch: box masks [B, N, 28, 28] in [0, 1]."""
 

@@ -11,7 +11,11 @@ import jax
 import numpy as np
 
 from jtsm_jax.console import progress
-from jtsm_jax.data.pipeline import ProposalStore, inference_batches
+from jtsm_jax.data.pipeline import (
+  ProposalStore,
+  inference_batches,
+  with_fallback,
+)
 from jtsm_jax.data.prepared import RecordSource
 from jtsm_jax.evaluation.class_calibration import (
   ClassCalibration,
@@ -28,7 +32,7 @@ from jtsm_jax.evaluation.inference import (
 )
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.train.feature_cache import FeatureCache
-from jtsm_jax.types import Batch, Detections, PanopticMap, Proposals
+from jtsm_jax.types import Batch, Detections, PanopticMap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,16 +116,18 @@ def predict(
     One prediction per image, canvas by canvas.
   """
   find_masks = make_mask_step(model) if model.instance is not None else None
+  get_proposals = with_fallback(store)
   with progress(
     description=description, total=len(source), unit="image"
   ) as bar:
-    for batch, scores in _score(
+    for batch, scores, views in _score(
       model, variables, source, store, settings, cache
     ):
       for i, index in enumerate(batch.image_index):
         if index < 0:
           continue
-        proposals = proposals_of(store, source, int(index))
+        size = tuple(int(side) for side in source.sizes[index])
+        proposals = get_proposals(source.image_ids[index], size)
         count = min(len(proposals.boxes), settings.max_proposals)
         proposals = dataclasses.replace(
           proposals,
@@ -152,7 +158,7 @@ def predict(
         stuff, stuff_score = _stuff_map(
           calibrated,
           proposals,
-          None if scores.semantic is None else scores.semantic[i],
+          [(semantic[i], flip) for semantic, flip in views],
           batch.size[i],
           present,
           num_things,
@@ -193,7 +199,7 @@ def learn_calibration(
   with progress(
     description="calibrate", total=len(source), unit="image"
   ) as bar:
-    for batch, scores in _score(
+    for batch, scores, _ in _score(
       model, variables, source, store, settings, cache
     ):
       real = batch.image_index >= 0
@@ -204,8 +210,13 @@ def learn_calibration(
 
 
 def _score(model, variables, source, store, settings, cache):
-  """Yields host batches with their scores, averaged over flips."""
+  """Yields host batches, their scores averaged over the flips, and the views.
+
+  A view is (semantic probabilities, whether it is mirrored); there is none
+  without a semantic branch.
+  """
   score = make_score_step(model, mil_share=settings.mil_share)
+  flips = (False, True) if settings.flip else (False,)
   streams = [
     inference_batches(
       source,
@@ -216,51 +227,22 @@ def _score(model, variables, source, store, settings, cache):
       max_superpixels=settings.max_superpixels,
       flip=flip,
     )
-    for flip in ((False, True) if settings.flip else (False,))
+    for flip in flips
   ]
   for batches in zip(*streams, strict=True):
     if cache is not None:
       batches = [cache.attach(batch) for batch in batches]
-    views = [jax.device_get(score(variables, batch)) for batch in batches]
-    scores = views[0]
-    if settings.flip:
-      mirrored = views[1]
-      scores = scores.replace(
-        proposals=(scores.proposals + mirrored.proposals) / 2,
-        image=(scores.image + mirrored.image) / 2,
-      )
-      if scores.semantic is not None:
-        back = np.stack(
-          [
-            _unflip(m, int(size[1]) // model.extractor.stride)
-            for m, size in zip(mirrored.semantic, batches[0].size, strict=True)
-          ]
-        )
-        scores = scores.replace(semantic=(scores.semantic + back) / 2)
-    yield batches[0], scores
-
-
-def _unflip(grid: np.ndarray, columns: int) -> np.ndarray:
-  """Mirrors the part of a map that shows the image, not its padding."""
-  grid = grid.copy()
-  grid[:, :columns] = grid[:, :columns][:, ::-1]
-  return grid
-
-
-def proposals_of(
-  store: ProposalStore, source: RecordSource, index: int
-) -> Proposals:
-  """The proposals of an image; the whole image where the store has none."""
-  image_id = source.image_ids[index]
-  if image_id in store:
-    return store.get(image_id)
-  height, width = source.sizes[index]
-  return Proposals(  # as the pipeline has it: the whole image
-    superpixels=np.zeros((height, width), np.int32),
-    membership=np.ones((1, 1), bool),
-    boxes=np.array([[0, 0, height, width]], np.int32),
-    scores=np.ones(1, np.float32),
-  )
+    found = [jax.device_get(score(variables, batch)) for batch in batches]
+    scores = found[0].replace(
+      proposals=sum(s.proposals for s in found) / len(found),
+      image=sum(s.image for s in found) / len(found),
+    )
+    views = [
+      (s.semantic, flip)
+      for s, flip in zip(found, flips, strict=True)
+      if s.semantic is not None
+    ]
+    yield batches[0], scores, views
 
 
 def _refine_masks(
@@ -285,17 +267,18 @@ def _refine_masks(
   )
 
 
-def _stuff_map(
-  scores, proposals, semantic, size, present, num_things, settings
-):
+def _stuff_map(scores, proposals, views, size, present, num_things, settings):
   """The best stuff class of each pixel and its score."""
   votes = superpixel_votes(scores, proposals)
   votes = votes / np.maximum(votes.sum(1, keepdims=True), 1e-9)
   stuff = votes[:, num_things:][proposals.superpixels]  # [H, W, stuff]
-  if semantic is not None and settings.semantic_share > 0:
+  if views and settings.semantic_share > 0:
     share = settings.semantic_share
-    height, width = proposals.superpixels.shape
-    probability = _to_image(semantic[..., 1:], size, (height, width), settings)
+    shape = proposals.superpixels.shape
+    probability = np.zeros(stuff.shape, np.float32)
+    for semantic, flip in views:
+      view = _to_image(semantic[..., 1:], size, shape, settings)
+      probability += (view[:, ::-1] if flip else view) / len(views)
     stuff = share * probability + (1 - share) * stuff
   stuff = stuff * present[num_things:]
   label = np.where(stuff.max(-1) > 0, stuff.argmax(-1) + num_things, -1)

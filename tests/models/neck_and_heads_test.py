@@ -133,10 +133,12 @@ def test_dropout_is_drawn_for_each_value():
   assert (kept[:, 0] != kept[:, 1]).any()
 
 
-def test_input_dropout_is_shared_by_the_proposals_of_an_image():
-  kept = _dropped(Neck(widths=(), input_dropout=0.5), jnp.ones((400, 3, 8)))
+@pytest.mark.parametrize("share", [False, True])
+def test_input_dropout_may_be_shared_by_the_proposals_of_an_image(share):
+  neck = Neck(widths=(), input_dropout=0.5, share_input_dropout=share)
+  kept = _dropped(neck, jnp.ones((400, 3, 8)))
   assert float(kept.mean()) == pytest.approx(0.5, abs=0.05)
-  assert (kept == kept[:, :1]).all()
+  assert bool((kept == kept[:, :1]).all()) == share
   assert (kept[0] != kept[1]).any()
 
 
