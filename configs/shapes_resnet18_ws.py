@@ -24,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.backbone.norm = "batch"
   c.backbone.stride = 8
   c.backbone.outputs = ("res3", "res4", "res5")
-  c.warm_up.steps = 2500
+  c.warm_up.steps = 2000
   c.warm_up.batch_size = 16
   c.warm_up.learning_rate = 2e-3
   return c

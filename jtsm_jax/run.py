@@ -6,12 +6,14 @@ configuration is read and handed on as plain arguments.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
 from typing import Any
 
 import ml_collections
+import numpy as np
 from absl import logging
 
 from jtsm_jax.console import say
@@ -291,7 +293,28 @@ def run_training(
     data=data,
     store=store,
     evaluate=evaluate_state if _has_targets(data) else None,
+    show_mined=functools.partial(
+      _draw_mined, workdir / "mining", data, with_fallback(store)
+    ),
   )
+
+
+def _draw_mined(directory, data, get_proposals, batch, mined, futures) -> None:
+  """One picture for each image of a training batch; see `train.loop.train`."""
+  source = data.splits["train"]
+  for i, index in enumerate(batch.image_index):
+    if index < 0:
+      continue
+    image_id = source.image_ids[index]
+    image = decode_image(source[index].image)
+    proposals = get_proposals(image_id, image.shape[:2])
+    rows = []
+    for m in np.flatnonzero(mined.valid[i]):
+      members = proposals.membership[mined.proposal[i, m]]
+      mask = futures[i][m].result() if futures else None
+      rows.append((mined.category[i, m], members[proposals.superpixels], mask))
+    sheet = stages.mining_sheet(image, rows, data.categories)
+    write_image(directory / f"{image_id}.jpg", sheet)
 
 
 def _calibrate(

@@ -139,7 +139,9 @@ def test_a_run_evaluates_every_class(finished):
   assert 0 <= metrics["semantic"]["miou"] <= 100
   overlays = sorted((workdir / "evaluation" / "overlays").glob("*.jpg"))
   assert len(overlays) == 3
-  for overlay in overlays:
+  mined = list((workdir / "mining").glob("*.jpg"))
+  assert mined  # the images of the last training batch
+  for overlay in [*overlays, *mined]:
     assert np.asarray(Image.open(overlay)).std() > 0
   for name in SHAPES_CATEGORIES.names:
     assert name in out
