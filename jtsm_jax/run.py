@@ -10,6 +10,8 @@ import functools
 import json
 import os
 import pathlib
+import shlex
+import sys
 from typing import Any
 
 import ml_collections
@@ -412,9 +414,11 @@ def _has_targets(data: PreparedData) -> bool:
 
 
 def _print_next(workdir: pathlib.Path) -> None:
+  """How to go on, as a command to paste."""
+  command = shlex.join(sys.argv)  # of a flag given twice the last one counts
   print(
-    "next       python main.py --config=... --workdir="
-    f"{workdir} --mode=predict --input=FOLDER_OF_IMAGES"
+    f"weights    {workdir / 'checkpoints'}\n"
+    f"next       python {command} --mode=predict --input=FOLDER_OF_IMAGES"
   )
 
 
