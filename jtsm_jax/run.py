@@ -93,6 +93,8 @@ def run(
       f"{workdir / 'checkpoints'}: there are no checkpoints; train first "
       "(--mode=train), or check --workdir"
     )
+  for field in ("canvases", "eval_canvases"):
+    build.canvases(config, field)  # wrong ones now, not after the proposals
   claim_workdir(workdir, config)
   if mode == "predict":
     return predict_folder(config, workdir, images)
@@ -243,7 +245,7 @@ def prediction_settings(config: Config) -> PredictionSettings:
   """`config.evaluation` as plain settings."""
   e = config.evaluation
   return PredictionSettings(
-    canvases=tuple(tuple(c) for c in config.data.eval_canvases),
+    canvases=build.canvases(config, "eval_canvases"),
     batch_size=e.batch_size,
     max_proposals=config.proposals.max_proposals,
     max_superpixels=config.proposals.num_superpixels,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from typing import Any
 
@@ -134,6 +135,30 @@ def load_pretrained(
   )
 
 
+def canvases(
+  config: ml_collections.ConfigDict, field: str
+) -> tuple[tuple[int, int], ...]:
+  """`config.data.canvases` or `config.data.eval_canvases`, checked.
+
+  Raises:
+    InputError: it is not a tuple of (height, width), or a side is no multiple
+      of the strides of the features and of the pseudo masks.
+  """
+  value = config.data[field]
+  unit = math.lcm(config.backbone.stride, config.losses.mask_stride)
+  try:
+    found = tuple((int(height), int(width)) for height, width in value)
+  except (TypeError, ValueError):
+    found = ()
+  if not found or any(side < 1 or side % unit for c in found for side in c):
+    raise InputError(
+      f"config.data.{field} is {value!r}; wanted a tuple of (height, width) in "
+      f"multiples of {unit} pixels (backbone.stride and losses.mask_stride), "
+      "such as ((320, 480), (480, 320))"
+    )
+  return found
+
+
 def warm_up_optimizer(
   config: ml_collections.ConfigDict, params: Any
 ) -> optax.GradientTransformation | None:
@@ -213,13 +238,11 @@ def open_feature_cache(
   frozen = config.backbone.freeze == "all"
   if not (config.backbone.cache and frozen and jax.process_count() == 1):
     return None
-  canvases = (
-    config.data.canvases if split == "train" else config.data.eval_canvases
-  )
+  field = "canvases" if split == "train" else "eval_canvases"
   size = cache_bytes(
     model,
     variables,
-    canvases=tuple(tuple(c) for c in canvases),
+    canvases=canvases(config, field),
     num_images=len(source),
   )
   if size > config.backbone.cache_gib * 2**30:

@@ -158,3 +158,21 @@ def test_stages_share_out_the_parameters(name):
   for layer in params["extractor"]["backbone"]:
     hits = [s for s, start in stages.items() if re.match(start, f"{layer}/")]
     assert len(hits) == 1, (layer, hits)
+
+
+@pytest.mark.parametrize("value", [7, (), ((64,),), ((64, 60),), ((0, 64),)])
+def test_canvases_that_are_none_are_named(value):
+  config = base.get_config()
+  with config.unlocked():
+    config.data = {"canvases": value}
+  with pytest.raises(
+    InputError, match=r"config\.data\.canvases.*multiples of 8"
+  ):
+    build.canvases(config, "canvases")
+
+
+def test_canvases_are_plain_pairs():
+  config = base.get_config()
+  with config.unlocked():
+    config.data = {"canvases": [[64, 96], (96, 64)]}
+  assert build.canvases(config, "canvases") == ((64, 96), (96, 64))
