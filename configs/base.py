@@ -38,6 +38,9 @@ def get_config() -> ml_collections.ConfigDict:
   )
   c.data.eval_canvases = ((672, 896), (896, 672))
   c.data.flip = True
+  # Exposure and saturation change by up to this factor (section 4.1); 1 = not.
+  # Anything else turns the cache of a frozen backbone's features off.
+  c.data.colour_factor = 1.5
 
   # Segment proposals.
   c.proposals = ml_collections.ConfigDict()

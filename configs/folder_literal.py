@@ -1,12 +1,14 @@
-"""Your own photographs with the paper's settings to the letter.
+"""Your own photographs with the paper's choices, at the size of small data.
 
     python main.py --config=configs/folder_literal.py --config.data.root=DIR \
         --workdir=runs/literal
 
-To compare with configs/folder.py, whose choices serve small data. Only the
-backbone is another one, for which the package index has ImageNet weights; so
-the neck starts at random, where the paper's comes with the backbone, and it has
-1,024 units in place of 4,096.
+To compare with configs/folder.py, whose choices serve small data. Pooling,
+compensation, heads, mining, losses, SGD and fusion are the paper's. Smaller
+are: canvases, proposals (400), branches (64 channels), GrabCut (160 pixels) and
+the schedule; and there is no colour augmentation. The backbone is another one,
+for which the package index has ImageNet weights; so the neck starts at random,
+where the paper's comes with the backbone, and has 1,024 units, not 4,096.
 """
 
 import ml_collections
@@ -19,6 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
   c = base.get_config()
   c.data.canvases = ((320, 480), (480, 320))
   c.data.eval_canvases = ((320, 480), (480, 320))
+  c.data.colour_factor = 1.0
   c.proposals.num_superpixels = 300
   c.proposals.max_proposals = 400
   c.backbone.name = "efficientnet_lite0"

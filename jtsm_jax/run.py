@@ -368,7 +368,12 @@ def run_evaluation(
   args = config, workdir, model, variables, data, store
   calibration = _calibrate(*args)
   folder_ = workdir / "evaluation"
-  save_calibration(workdir / "calibration.json", calibration, data.categories)
+  save_calibration(
+    workdir / "calibration.json",
+    calibration,
+    data.categories,
+    made_with=_made_with(config, step),
+  )
   if not _has_targets(data):
     print("evaluate: there is no ground truth of validation images to compare")
     _print_next(workdir)
@@ -411,6 +416,12 @@ def run_evaluation(
   _print_next(workdir)
 
 
+def _made_with(config: Config, step: int) -> dict[str, Any]:
+  """What a calibration depends on: the weights, and how scores are made."""
+  names = ("calibrate", "flip", "mil_share")
+  return {"step": step} | {name: config.evaluation[name] for name in names}
+
+
 def _has_targets(data: PreparedData) -> bool:
   return "val" in data.splits and data.splits["val"].has_targets
 
@@ -437,9 +448,13 @@ def predict_folder(
   _propose(config, source, path)
   store = stores.open_store(path)
   model = build.build_model(config, categories)
-  _, variables = checkpoints.restore_variables(workdir / "checkpoints")
+  step, variables = checkpoints.restore_variables(workdir / "checkpoints")
   if config.evaluation.calibrate:
-    calibration = load_calibration(workdir / "calibration.json", categories)
+    calibration = load_calibration(
+      workdir / "calibration.json",
+      categories,
+      made_with=_made_with(config, step),
+    )
   else:
     calibration = ClassCalibration.neutral(len(categories))
   predictions = predict(

@@ -87,10 +87,22 @@ def best_f1_threshold(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def save_calibration(
-  path: pathlib.Path, calibration: ClassCalibration, categories: Categories
+  path: pathlib.Path,
+  calibration: ClassCalibration,
+  categories: Categories,
+  *,
+  made_with: dict[str, Any],
 ) -> None:
-  """Writes the calibration as JSON, class by class."""
-  rows: dict[str, Any] = {
+  """Writes the calibration as JSON, class by class.
+
+  Args:
+    path: the file.
+    calibration: to write.
+    categories: the classes.
+    made_with: what it holds for: the step of the weights and the settings of
+      the scores, as JSON knows them.
+  """
+  rows = {
     name: {"tag_threshold": float(t), "score_scale": float(s)}
     for name, t, s in zip(
       categories.names,
@@ -100,19 +112,29 @@ def save_calibration(
     )
   }
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(rows, indent=1))
+  path.write_text(
+    json.dumps({"made_with": made_with, "classes": rows}, indent=1)
+  )
 
 
 def load_calibration(
-  path: pathlib.Path, categories: Categories
+  path: pathlib.Path, categories: Categories, *, made_with: dict[str, Any]
 ) -> ClassCalibration:
   """Reads what `save_calibration` wrote.
 
   Raises:
-    InputError: the file is absent, or holds other classes.
+    InputError: the file is absent, holds other classes, or was made with other
+      weights or settings than `made_with` says.
   """
+  remedy = "run --mode=evaluate to make it"
   try:
-    rows = json.loads(path.read_text())
+    content = json.loads(path.read_text())
+    rows = content["classes"]
+    if content["made_with"] != made_with:
+      raise InputError(
+        f"{path} was made with {content['made_with']}, wanted {made_with}; "
+        + remedy
+      )
     return ClassCalibration(
       *(
         np.array([rows[n][field] for n in categories.names], np.float32)
@@ -122,5 +144,5 @@ def load_calibration(
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise InputError(
       f"{path}: no calibration of the classes {', '.join(categories.names)} "
-      f"({type(error).__name__}: {error}); run --mode=evaluate to make it"
+      f"({type(error).__name__}: {error}); {remedy}"
     ) from error

@@ -137,16 +137,15 @@ def detect(
   for category in range(scores.shape[1]):
     (candidates,) = np.nonzero(scores[:, category] >= settings.min_score)
     order = candidates[np.argsort(-ranking[candidates, category])]
-    # More than this many survivors of one class never reach the top.
-    order = order[: 4 * settings.max_detections]
-    intersection = (members[order] * areas) @ members[order].T
-    union = size[order][:, None] + size[order] - intersection
-    overlaps = intersection > settings.nms_iou * union
-    alive = np.ones(len(order), bool)
-    for i in range(len(order)):
-      if alive[i]:
-        kept.append((ranking[order[i], category], order[i], category))
-        alive &= ~overlaps[i]
+    survivors = 0
+    while len(order) and survivors < settings.max_detections:
+      best = order[0]
+      kept.append((ranking[best, category], best, category))
+      survivors += 1
+      intersection = members[order] @ (members[best] * areas)
+      union = size[order] + size[best] - intersection
+      apart = intersection <= settings.nms_iou * union
+      order = order[1:][apart[1:]]
   kept.sort(key=lambda k: -k[0])
   kept = kept[: settings.max_detections]
   index = np.array([k[1] for k in kept], np.int32)

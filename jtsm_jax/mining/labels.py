@@ -120,7 +120,7 @@ def _mine_image(
       ok &= best_score >= score_ratio * top_score
     proposals.append(best)
     found.append(ok)
-    touching = members @ (members[best] * areas).T > 0  # [P, K]
+    touching = _count(members, members[best] * areas) > 0  # [P, K]
     free &= ~touching
   proposals = jnp.stack(proposals)  # [rounds, K]
   found = jnp.stack(found)
@@ -177,10 +177,15 @@ def segment_iou(
   Returns:
     [M, P] float32; 0 where both are empty.
   """
-  size = members @ areas  # [P]
-  intersection = (members[proposal] * areas) @ members.T
+  size = _count(members, areas[None])[:, 0]  # [P]
+  intersection = _count(members[proposal] * areas, members)
   union = size[proposal][:, None] + size[None, :] - intersection
   return intersection / jnp.maximum(union, 1.0)
+
+
+def _count(a: jax.Array, b: jax.Array) -> jax.Array:
+  """a b^T in full float32: pixel counts must not be rounded on accelerators."""
+  return jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
 
 
 def slots_needed(

@@ -128,7 +128,10 @@ class ProposalFeatures(nn.Module):
 def area_share(superpixels: jax.Array, membership: jax.Array) -> jax.Array:
   """Area of each proposal as a share of its image: [P] float32 in [0, 1]."""
   areas = superpixel_areas(superpixels, membership.shape[1])
-  return membership.astype(jnp.float32) @ areas / jnp.maximum(areas.sum(), 1)
+  size = jnp.matmul(
+    membership.astype(jnp.float32), areas, precision=jax.lax.Precision.HIGHEST
+  )
+  return size / jnp.maximum(areas.sum(), 1)
 
 
 def superpixel_areas(superpixels: jax.Array, count: int) -> jax.Array:

@@ -122,9 +122,19 @@ def build_model(
 def load_pretrained(
   config: ml_collections.ConfigDict, cache_dir: pathlib.Path
 ) -> dict[str, Any] | None:
-  """The backbone's variables, or None to start it at random."""
+  """The backbone's variables, or None to start it at random.
+
+  Raises:
+    InputError: there are no such weights, or the backbone would stay random.
+  """
   source = config.backbone.pretrained
   if not source:
+    if config.backbone.freeze != "none" and not config.warm_up.steps:
+      raise InputError(
+        "config.backbone: without pretrained weights and without a tag warm-up "
+        f"a backbone frozen up to {config.backbone.freeze!r} stays random; set "
+        "backbone.freeze='none', or warm_up.steps, or backbone.pretrained"
+      )
     return None
   if (config.backbone.name, source) == ("efficientnet_lite0", "imagenet"):
     return pretrained.load_efficientnet_lite0(cache_dir=cache_dir)
@@ -236,6 +246,8 @@ def open_feature_cache(
 ) -> FeatureCache | None:
   """The cache of a split; None where features change, or would not fit."""
   frozen = config.backbone.freeze == "all"
+  if config.data.colour_factor != 1 and split == "train":
+    return None  # every step sees other colours
   if not (config.backbone.cache and frozen and jax.process_count() == 1):
     return None
   field = "canvases" if split == "train" else "eval_canvases"

@@ -100,7 +100,7 @@ def _fit_center(model, state, batches):
     sums = (
       parts
       if sums is None
-      else [a + b for a, b in zip(sums, parts, strict=False)]
+      else [a + b for a, b in zip(sums, parts, strict=True)]
     )
   constants = {}
   for i, (first, second) in enumerate(sums):

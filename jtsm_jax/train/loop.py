@@ -91,6 +91,7 @@ def train(
       start_step=start,
       num_steps=warm_up_steps if warming_up else config.train.steps,
       flip=config.data.flip,
+      colour_factor=config.data.colour_factor,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
       num_threads=config.train.loader_threads,
@@ -219,9 +220,10 @@ def train(
           pseudo = reestimation.collect(
             futures, batch, mask_stride=losses.mask_stride
           )
-          branch_grads, branch_metrics = branch_gradients(
-            state, *put_batch((batch, mined, pseudo), mesh)
-          )
+          with jax.set_mesh(mesh):
+            branch_grads, branch_metrics = branch_gradients(
+              state, *put_batch((batch, mined, pseudo), mesh)
+            )
           grads.append(branch_grads)
           metrics |= branch_metrics
       state = apply_gradients(state, *grads)
@@ -241,7 +243,8 @@ def train(
       bar.set_postfix_str(summary(values), refresh=False)
     evaluated = None
     if evaluate is not None and (
-      done % config.train.evaluate_every == 0 and done < last_step
+      done % config.train.evaluate_every == 0
+      and warm_up_steps < done < last_step
     ):
       evaluated = evaluate(state)
       writer.write(done, {f"val/{k}": v for k, v in evaluated.items()})
@@ -250,6 +253,7 @@ def train(
       or evaluated is not None
       or done == last_step
     ):
+      check_finite(metrics, step=done, batch=batch, source=source)
       checkpoints.save(
         manager,
         state,
@@ -307,17 +311,22 @@ def summary(values: dict[str, float]) -> str:
 
 
 def check_finite(
-  values: dict[str, float], *, step: int, batch: Batch, source: RecordSource
+  metrics: dict[str, jax.Array | float],
+  *,
+  step: int,
+  batch: Batch,
+  source: RecordSource,
 ) -> None:
-  """Stops a run whose loss is not a number any more.
+  """Stops a run whose loss is not a number any more, before it is saved.
 
   Raises:
     FloatingPointError: names the step, the values and the last images.
   """
-  if not np.isfinite(values["loss/total"]):
+  losses = {k: float(v) for k, v in metrics.items() if k.startswith("loss/")}
+  if not np.isfinite(list(losses.values())).all():
     ids = [source.image_ids[i] for i in batch.image_index if i >= 0]
     raise FloatingPointError(
-      f"the loss is not finite at step {step}: {values}; the last images were "
+      f"the loss is not finite at step {step}: {losses}; the last images were "
       f"{ids}. The checkpoint before it is kept; try a lower "
       "--config.train.learning_rate"
     )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
-from jtsm_jax.types import Batch
 
 
 def make_mesh(*batch_sizes: int) -> Mesh:
@@ -35,8 +34,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-  """Moves a host batch to the devices, split over "data"."""
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+  """Moves a tree of host arrays [B, ...] to the devices, split over "data"."""
   sharding = NamedSharding(mesh, PartitionSpec("data"))
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, x), batch

@@ -57,6 +57,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   c.evaluation.pictures = 3
   if variant == "frozen":
     c.backbone.freeze = "all"
+    c.data.colour_factor = 1.0  # or nothing could be cached
     c.backbone.norm = "batch"
     c.backbone.projection = 8
     c.pooling.center = True

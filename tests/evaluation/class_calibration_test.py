@@ -13,6 +13,7 @@ from jtsm_jax.evaluation.class_calibration import (
 from jtsm_jax.types import Categories, Category, InputError
 
 CATEGORIES = Categories((Category(7, "cow", True), Category(3, "sky", False)))
+MADE = {"step": 7, "flip": True}
 
 
 @pytest.mark.parametrize(
@@ -66,12 +67,14 @@ def test_saved_and_loaded(tmp_path):
   given = ClassCalibration(
     np.array([0.25, 0.5], np.float32), np.array([0.125, 1], np.float32)
   )
-  save_calibration(path, given, CATEGORIES)
-  found = load_calibration(path, CATEGORIES)
+  save_calibration(path, given, CATEGORIES, made_with=MADE)
+  found = load_calibration(path, CATEGORIES, made_with=MADE)
   np.testing.assert_array_equal(found.tag_threshold, given.tag_threshold)
   np.testing.assert_array_equal(found.score_scale, given.score_scale)
   # By name, not by position.
-  swapped = load_calibration(path, Categories(CATEGORIES.items[::-1]))
+  swapped = load_calibration(
+    path, Categories(CATEGORIES.items[::-1]), made_with=MADE
+  )
   assert swapped.tag_threshold.tolist() == [0.5, 0.25]
 
 
@@ -81,4 +84,12 @@ def test_unusable_files_are_input_errors(tmp_path, content):
   if content is not None:
     path.write_text(content)
   with pytest.raises(InputError, match=r"calibration\.json.*cow, sky"):
-    load_calibration(path, CATEGORIES)
+    load_calibration(path, CATEGORIES, made_with=MADE)
+
+
+def test_a_calibration_of_other_weights_is_refused(tmp_path):
+  path = tmp_path / "calibration.json"
+  neutral = ClassCalibration.neutral(2)
+  save_calibration(path, neutral, CATEGORIES, made_with=MADE)
+  with pytest.raises(InputError, match=r"'step': 7.*'step': 8"):
+    load_calibration(path, CATEGORIES, made_with=MADE | {"step": 8})

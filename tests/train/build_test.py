@@ -107,7 +107,6 @@ def test_unknown_backbones_and_stages_are_input_errors(field, value, message):
 
 def test_unknown_weights_are_an_input_error(tmp_path):
   config = base.get_config()
-  assert build.load_pretrained(config, tmp_path) is None
   config.backbone.pretrained = "coco"
   with pytest.raises(InputError, match=r"'coco'.*resnet_ws.*'imagenet'"):
     build.load_pretrained(config, tmp_path)
@@ -176,3 +175,11 @@ def test_canvases_are_plain_pairs():
   with config.unlocked():
     config.data = {"canvases": [[64, 96], (96, 64)]}
   assert build.canvases(config, "canvases") == ((64, 96), (96, 64))
+
+
+def test_a_backbone_that_would_stay_random_is_refused(tmp_path):
+  config = base.get_config()
+  with pytest.raises(InputError, match=r"backbone.*stays random"):
+    build.load_pretrained(config, tmp_path)
+  config.warm_up.steps = 1
+  assert build.load_pretrained(config, tmp_path) is None
