@@ -54,9 +54,7 @@ FREE_FIELDS = (
   "data.max_bad_fraction",
   "proposals.store",
   "proposals.num_workers",
-  "backbone.cache",
   "backbone.cache_dir",
-  "backbone.cache_gib",
   "reestimation.threads",
   "train.log_every",
   "train.checkpoint_every",
@@ -93,8 +91,7 @@ def run(
       f"{workdir / 'checkpoints'}: there are no checkpoints; train first "
       "(--mode=train), or check --workdir"
     )
-  for field in ("canvases", "eval_canvases"):
-    build.canvases(config, field)  # wrong ones now, not after the proposals
+  build.check_fields(config)  # wrong ones now, not after the proposals
   claim_workdir(workdir, config)
   if mode == "predict":
     return predict_folder(config, workdir, images)
@@ -134,7 +131,7 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
   except ValueError as error:
     raise InputError(f"{path} is damaged ({error}); remove it") from error
   trained = _is_trained(workdir)
-  is_prepared = prepared.is_prepared(workdir / "data")
+  is_prepared = prepared.is_prepared(config.data.prepared or workdir / "data")
 
   def is_fixed(name: str) -> bool:
     if trained:
@@ -213,7 +210,8 @@ def propose(
   """Proposes segments for every image that has none, and opens the store."""
   root = pathlib.Path(config.proposals.store or workdir / "proposals")
   settings = proposal_settings(config)
-  path = stores.store_path(root, settings)
+  # A store may serve several data sets, whose image ids may be the same.
+  path = stores.store_path(root / data.fingerprint, settings)
   for source in data.splits.values():
     known = stores.open_store(path).ids if path.is_dir() else ()
     if not set(source.image_ids) <= set(known):

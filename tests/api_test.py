@@ -13,7 +13,6 @@ MODULES = sorted(
   if path.name != "__init__.py"
 )
 TESTED_ELSEWHERE = {
-  "jtsm_jax/run.py": "tests/end_to_end_test.py",
   "jtsm_jax/train/loop.py": "tests/end_to_end_test.py",
   "jtsm_jax/evaluation/evaluate.py": "tests/end_to_end_test.py",
   # Data types: every test makes some.

@@ -482,7 +482,7 @@ def test_an_image_that_the_store_lacks_is_proposed(
 ):
   store = tmp_path / "proposals"
   shutil.copytree(finished[0] / "proposals", store)
-  (settings,) = store.iterdir()
+  (settings,) = store.glob("*/*")
   opened = stores.open_store(settings)
   assert len(opened) == 18
   kept = []

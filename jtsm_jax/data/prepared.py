@@ -3,7 +3,7 @@
 A prepared directory holds
 
     prepared.json            name, classes, number of images of each split
-    <split>_index.npz        ids, sizes and tags of a split's images
+    <split>_index.npz        ids, sizes and tags of a split's images, and a hash
     images/                  a TFDS data set: the images and tags
     val_targets/             a TFDS data set: the masks of "val", nothing else
     quarantine.txt           the images that could not be decoded, and why
@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import os
@@ -44,7 +45,7 @@ from jtsm_jax.types import (
   Segment,
 )
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 """Of the layout above; another version is prepared anew."""
 
 _INFO = "prepared.json"
@@ -88,6 +89,12 @@ class PreparedData:
   categories: Categories
   splits: Mapping[str, RecordSource]
 
+  @property
+  def fingerprint(self) -> str:
+    """16 hexadecimal digits that change with any image of any split."""
+    parts = "\n".join(split.fingerprint for split in self.splits.values())
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
 
 class RecordSource:
   """Random access to the records of one split.
@@ -96,8 +103,10 @@ class RecordSource:
     image_ids: N unique strings.
     sizes: [N, 2] int32, height and width after EXIF rotation, pixels.
     tags: [N, K] float32, 1 for the classes that an image is tagged with.
+    fingerprint: 16 hexadecimal digits that change with any id or image. What is
+      computed from the images is filed under it.
 
-  These three come from a small index; only `[i]` reads an image, and only
+  These come from a small index; only `[i]` reads an image, and only
   `target` reads masks.
   """
 
@@ -110,6 +119,7 @@ class RecordSource:
         self.image_ids: tuple[str, ...] = tuple(index["image_ids"].tolist())
         self.sizes: np.ndarray = index["sizes"]
         self.tags: np.ndarray = index["tags"]
+        self.fingerprint: str = str(index["fingerprint"])
         self._target_rows: np.ndarray = index["target_rows"]
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as e:
       raise InputError(
@@ -343,6 +353,7 @@ class _Index:
     self.tags: list[tuple[int, ...]] = []
     self.target_rows: list[int] = []
     self.targets: list[dict] = []  # Encoded, so a few KB each.
+    self.digest = hashlib.sha256()
 
   def write(self, path: Path, num_classes: int) -> None:
     tags = np.zeros((len(self.tags), num_classes), np.float32)
@@ -354,6 +365,7 @@ class _Index:
       sizes=np.array(self.sizes, np.int32).reshape(-1, 2),
       tags=tags,
       target_rows=np.array(self.target_rows, np.int32),
+      fingerprint=self.digest.hexdigest()[:16],
     )
 
 
@@ -401,6 +413,8 @@ def _examples(
     index.sizes.append((height, width))
     index.tags.append(record.tags)
     index.target_rows.append(row)
+    index.digest.update(hashlib.sha256(record.image).digest())
+    index.digest.update(f"{image_id}\n".encode())
     yield (
       len(index.image_ids),
       {

@@ -266,6 +266,30 @@ def test_existing_directories(directory, tmp_path):
   assert prepared.is_prepared(other)
 
 
+def test_fingerprint_changes_with_ids_and_images_only(tmp_path):
+  def fingerprints(name, **options):
+    prepared.prepare(source(**options), tmp_path / name)
+    data = prepared.open_prepared(tmp_path / name)
+    return data.splits["train"].fingerprint, data.fingerprint
+
+  train, both = fingerprints("first")
+  assert len(train) == len(both) == 16
+  assert fingerprints("second") == (train, both)
+  retagged = [dataclasses.replace(TRAIN[0], tags=(1,)), *TRAIN[1:]]
+  assert fingerprints("tags", train=retagged) == (train, both)
+  for name, change in {
+    "id": {"image_id": "other"},
+    "image": {"image": encode(4, 6, 9)},
+  }.items():
+    changed = [*TRAIN[:1], dataclasses.replace(TRAIN[1], **change), *TRAIN[2:]]
+    found = fingerprints(name, train=changed)
+    assert found[0] != train
+    assert found[1] != both
+  found = fingerprints("val", val=VAL[:2])
+  assert found[0] == train
+  assert found[1] != both
+
+
 def test_faults_when_opening(directory, tmp_path):
   assert not prepared.is_prepared(tmp_path)
   with pytest.raises(InputError, match=r"prepared\.json is missing"):

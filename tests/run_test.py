@@ -1,0 +1,55 @@
+"""Modes within this process; end_to_end_test.py runs the whole program."""
+
+import pathlib
+
+import ml_collections
+import numpy as np
+import pytest
+
+from jtsm_jax import run
+from jtsm_jax.data import prepared
+from jtsm_jax.data.shapes import shapes_source
+from jtsm_jax.types import InputError
+from tests.configs import tiny
+
+
+def _config(root: pathlib.Path, data: str) -> ml_collections.ConfigDict:
+  config = tiny.get_config("")
+  config.data.prepared = str(root / data)
+  config.proposals.store = str(root / "proposals")
+  config.proposals.num_workers = 1
+  return config
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+  """Two data sets of equal names, ids and sizes, with other images."""
+  root = tmp_path_factory.mktemp("run")
+  for seed in (0, 1):
+    source = shapes_source(seed=seed, num_train=2, num_val=1, side=64)
+    prepared.prepare(source, root / f"data{seed}")
+  return root
+
+
+def test_data_sets_that_share_a_store_have_proposals_of_their_own(root):
+  maps = []
+  for seed in (0, 1, 0):
+    config = _config(root, f"data{seed}")
+    data = prepared.open_prepared(config.data.prepared)
+    store = run.propose(config, root / "workdir", data)
+    assert data.splits["train"].image_ids[0] == "train_00000"
+    maps.append(store.get("train_00000").superpixels)
+  assert maps[0].shape == maps[1].shape
+  assert not np.array_equal(maps[0], maps[1])
+  np.testing.assert_array_equal(maps[0], maps[2])
+
+
+def test_workdir_is_bound_to_data_that_lie_elsewhere(root, tmp_path):
+  config = _config(root, "data0")
+  run.claim_workdir(tmp_path, config)
+  config.data.shapes.seed = 5
+  with pytest.raises(InputError, match=r"data\.shapes\.seed = 5, there 0"):
+    run.claim_workdir(tmp_path, config)
+  # As long as nothing is prepared, nothing is fixed.
+  config.data.prepared = str(root / "none")
+  run.claim_workdir(tmp_path, config)
