@@ -160,6 +160,7 @@ def predict(
           proposals,
           [(semantic[i], flip) for semantic, flip in views],
           batch.size[i],
+          batch.superpixels.shape[1:],
           present,
           num_things,
           settings,
@@ -225,6 +226,7 @@ def _score(model, variables, source, store, settings, cache):
       batch_size=settings.batch_size,
       max_proposals=settings.max_proposals,
       max_superpixels=settings.max_superpixels,
+      load_images=cache is None,
       flip=flip,
     )
     for flip in flips
@@ -267,7 +269,9 @@ def _refine_masks(
   )
 
 
-def _stuff_map(scores, proposals, views, size, present, num_things, settings):
+def _stuff_map(
+  scores, proposals, views, size, canvas, present, num_things, settings
+):
   """The best stuff class of each pixel and its score."""
   votes = superpixel_votes(scores, proposals)
   votes = votes / np.maximum(votes.sum(1, keepdims=True), 1e-9)
@@ -277,7 +281,7 @@ def _stuff_map(scores, proposals, views, size, present, num_things, settings):
     shape = proposals.superpixels.shape
     probability = np.zeros(stuff.shape, np.float32)
     for semantic, flip in views:
-      view = _to_image(semantic[..., 1:], size, shape, settings)
+      view = _to_image(semantic[..., 1:], size, shape, canvas)
       probability += (view[:, ::-1] if flip else view) / len(views)
     stuff = share * probability + (1 - share) * stuff
   stuff = stuff * present[num_things:]
@@ -285,15 +289,8 @@ def _stuff_map(scores, proposals, views, size, present, num_things, settings):
   return label.astype(np.int32), stuff.max(-1)
 
 
-def _to_image(grid, size, shape, settings):
+def _to_image(grid, size, shape, canvas):
   """Resizes the image's part of a canvas map [h, w, C] to the image."""
-  canvas = next(
-    c
-    for c in sorted(settings.canvases, key=lambda c: -c[0] * c[1])
-    if size[0] <= c[0]
-    and size[1] <= c[1]
-    and c[0] * grid.shape[1] == c[1] * grid.shape[0]
-  )
   stride = canvas[0] / grid.shape[0]
   # Pixel centres of the image, in cells of the map.
   y = (np.arange(shape[0]) + 0.5) * (size[0] / shape[0]) / stride - 0.5

@@ -6,7 +6,6 @@ import math
 import pathlib
 from typing import Any
 
-import jax
 import ml_collections
 import optax
 from absl import logging
@@ -43,6 +42,58 @@ STAGES = {
 }
 """Stages of each backbone in order, and the beginnings of their parameters."""
 
+STRIDES = {"resnet_ws": (8, 16), "efficientnet_lite0": (8, 16, 32)}
+
+CHOICES = {
+  "backbone.name": tuple(STAGES),
+  "backbone.depth": tuple(resnet_ws.BLOCKS),
+  "backbone.norm": ("frozen", "batch", "group"),
+  "pooling.kind": ("moi", "roi", "roi_align"),
+  "pooling.compensation": ("bins", "official", "features", ""),
+  "pooling.availability": ("any", "coverage"),
+  "pooling.reduce": ("flatten", "mean"),
+  "reestimation.init": ("segment", "rectangle", "none"),
+  "losses.mil_reduction": ("sum", "mean"),
+  "losses.refinement_reduction": ("mean", "sum"),
+  "train.optimizer": ("sgd", "adamw"),
+}
+"""The values of the fields that choose one of a few."""
+
+
+def check_fields(config: ml_collections.ConfigDict) -> None:
+  """Looks for values that no part of the program knows, before any work.
+
+  Raises:
+    InputError: a field is at fault; says which values it may have.
+  """
+  for field, choices in CHOICES.items():
+    group, name = field.split(".")
+    if config[group][name] not in choices:
+      raise InputError(
+        f"config.{field} is {config[group][name]!r}; wanted one of "
+        + ", ".join(map(repr, choices))
+      )
+  b = config.backbone
+  if b.stride not in STRIDES[b.name]:
+    raise InputError(
+      f"config.backbone.stride is {b.stride}; {b.name} has one of "
+      f"{', '.join(map(str, STRIDES[b.name]))}"
+    )
+  stages = tuple(STAGES[b.name])
+  outputs = stages[1:]  # the stem is no output
+  if not b.outputs or not set(b.outputs) <= set(outputs):
+    raise InputError(
+      f"config.backbone.outputs is {tuple(b.outputs)}; wanted some of the "
+      f"stages of {b.name}: {', '.join(outputs)}"
+    )
+  if b.freeze not in ("all", "none", *stages):
+    raise InputError(
+      f"config.backbone.freeze is {b.freeze!r}; wanted 'all', 'none' or a "
+      f"stage of {b.name}: {', '.join(stages)}"
+    )
+  for field in ("canvases", "eval_canvases"):
+    canvases(config, field)
+
 
 def build_model(
   config: ml_collections.ConfigDict, categories: Categories
@@ -50,17 +101,10 @@ def build_model(
   """The model of a configuration.
 
   Raises:
-    InputError: a field has a value that no part of the model knows.
+    InputError: from `check_fields`.
   """
+  check_fields(config)
   b = config.backbone
-  stages = _stages(b.name)
-  wrong = [name for name in b.outputs if name not in stages]
-  if wrong or b.freeze not in ("all", "none", *stages):
-    raise InputError(
-      f"config.backbone: outputs is {tuple(b.outputs)} and freeze is "
-      f"{b.freeze!r}; the stages of {b.name} are {', '.join(stages)} (freeze "
-      "may also be 'all' or 'none')"
-    )
   if b.name == "resnet_ws":
     backbone = resnet_ws.ResNetWS(
       depth=b.depth, width=b.width, norm=b.norm, dilated=b.stride == 8
@@ -198,7 +242,7 @@ def main_optimizer(
   elif freeze == "none":
     frozen = ()
   else:
-    stages = _stages(config.backbone.name)
+    stages = STAGES[config.backbone.name]
     last = list(stages).index(freeze)
     frozen = tuple(backbone + s for s in list(stages.values())[: last + 1])
   if config.backbone.norm == "frozen":
@@ -235,27 +279,32 @@ def loss_settings(config: ml_collections.ConfigDict) -> LossSettings:
   return LossSettings(**config.losses)
 
 
-def open_feature_cache(
+def caches_features(
   config: ml_collections.ConfigDict,
-  workdir: pathlib.Path,
   model: JTSM,
   variables: Any,
   source: RecordSource,
   *,
   split: str,
-) -> FeatureCache | None:
-  """The cache of a split; None where features change, or would not fit."""
-  frozen = config.backbone.freeze == "all"
-  if config.data.colour_factor != 1 and split == "train":
-    return None  # every step sees other colours
-  if not (config.backbone.cache and frozen and jax.process_count() == 1):
-    return None
-  field = "canvases" if split == "train" else "eval_canvases"
+) -> bool:
+  """Whether a split's features stay the same and fit on the disk.
+
+  Args:
+    config: see configs/base.py.
+    model: the model.
+    variables: what `model.apply` takes; shapes are enough.
+    source: the split.
+    split: its name.
+  """
+  if not (config.backbone.cache and config.backbone.freeze == "all"):
+    return False
+  sizes = set(canvases(config, "eval_canvases"))
+  if split == "train":
+    if config.data.colour_factor != 1:
+      return False  # every step sees other colours
+    sizes |= set(canvases(config, "canvases"))
   size = cache_bytes(
-    model,
-    variables,
-    canvases=canvases(config, field),
-    num_images=len(source),
+    model, variables, canvases=tuple(sizes), num_images=len(source)
   )
   if size > config.backbone.cache_gib * 2**30:
     logging.warning(
@@ -265,6 +314,21 @@ def open_feature_cache(
       size / 2**30,
       config.backbone.cache_gib,
     )
+    return False
+  return True
+
+
+def open_feature_cache(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  model: JTSM,
+  variables: Any,
+  source: RecordSource,
+  *,
+  split: str,
+) -> FeatureCache | None:
+  """The cache of a split; None where `caches_features` says no."""
+  if not caches_features(config, model, variables, source, split=split):
     return None
   return FeatureCache(
     pathlib.Path(config.backbone.cache_dir or workdir / "features"),
@@ -273,11 +337,3 @@ def open_feature_cache(
     source=source,
     split=split,
   )
-
-
-def _stages(name: str) -> dict[str, str]:
-  if name not in STAGES:
-    raise InputError(
-      f"config.backbone.name is {name!r}; wanted one of {', '.join(STAGES)}"
-    )
-  return STAGES[name]

@@ -6,7 +6,6 @@ training step starts at the pooling, and an epoch on a CPU costs seconds.
 
 from __future__ import annotations
 
-import hashlib
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jtsm_jax.data.pipeline import images_on_canvas
 from jtsm_jax.data.prepared import RecordSource
+from jtsm_jax.data.sampling import BatchPlan
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.models.pretrained import weights_hash
 from jtsm_jax.types import Batch
@@ -26,6 +27,7 @@ DTYPE = np.dtype(np.float16)
 class FeatureCache:
   """Feature maps of one split by (canvas, image, flip), a file per canvas.
 
+  Images are read only where their features are missing: batches need none.
   Safe to delete at any time between runs. The folder's name carries the hash of
   what the features depend on, so that other weights never meet these files. A
   file that was interrupted holds whole rows only where its marks say so.
@@ -46,7 +48,7 @@ class FeatureCache:
       root: folder of all caches of a run.
       model: its extractor must be frozen.
       variables: what `model.apply` takes.
-      source: the split; images are told apart by their position in it.
+      source: the split; rows of the files are its images.
       split: its name.
     """
     # A copy: the training step gives the memory of its state back.
@@ -56,10 +58,10 @@ class FeatureCache:
       if "extractor" in tree
     }
     weights = weights_hash(jax.device_get(used))
-    self._folder = root / f"{weights[:16]}-{_fingerprint(source)}"
+    self._folder = root / f"{weights[:16]}-{source.fingerprint}"
     self._folder.mkdir(parents=True, exist_ok=True)
     self._split = split
-    self._num_images = len(source)
+    self._source = source
     self._files: dict[str, tuple[np.memmap, np.memmap]] = {}
     extract = jax.jit(
       lambda variables, images: model.apply(variables, images, method="extract")
@@ -69,28 +71,31 @@ class FeatureCache:
     )
 
   def attach(self, batch: Batch) -> Batch:
-    """Replaces the images of a host batch by their features.
+    """Gives a host batch its features in place of images.
 
     Features that are not in the cache are computed and written to it.
     """
-    height, width = batch.images.shape[1:3]
-    name = f"{self._split}-{height}x{width}"
+    canvas = batch.superpixels.shape[1:]
+    name = f"{self._split}-{canvas[0]}x{canvas[1]}"
     # Padding examples share the row of image 0 without being written.
     real = batch.image_index >= 0
     rows = 2 * np.where(real, batch.image_index, 0) + batch.flip
     if name not in self._files:
-      shape = jax.eval_shape(self._extract, batch.images).shape[1:]
+      image = jax.ShapeDtypeStruct((1, *canvas, 3), np.uint8)
+      shape = jax.eval_shape(self._extract, image).shape[1:]
       self._files[name] = self._open(name, shape)
     maps, marks = self._files[name]
     for i in np.flatnonzero(real & (marks[rows] == 0)):
-      maps[rows[i]] = np.asarray(self._extract(batch.images[i : i + 1])[0])
+      plan = BatchPlan(canvas, batch.image_index[[i]], batch.flip[[i]])
+      image = images_on_canvas(plan, self._source)
+      maps[rows[i]] = np.asarray(self._extract(image)[0])
       marks[rows[i]] = 1
     # Read back what was written: the first epoch sees what later ones see.
     features = np.where(real[:, None, None, None], maps[rows], DTYPE.type(0))
     return batch.replace(images=None, features=features)
 
   def _open(self, name, shape):
-    rows = 2 * self._num_images
+    rows = 2 * len(self._source)
     files = (
       (self._folder / f"{name}.f16", DTYPE, (rows, *shape)),
       (self._folder / f"{name}.marks", np.dtype(np.uint8), (rows,)),
@@ -105,14 +110,6 @@ class FeatureCache:
       np.memmap(path, dtype, "r+" if whole else "w+", shape=shape)
       for path, dtype, shape in files
     )
-
-
-def _fingerprint(source: RecordSource) -> str:
-  """Tells data sets apart that share a folder and have equal names."""
-  digest = hashlib.sha256("\n".join(source.image_ids).encode())
-  for index in (0, len(source) - 1):
-    digest.update(source[index].image)
-  return digest.hexdigest()[:8]
 
 
 def cache_bytes(

@@ -26,7 +26,7 @@ from jtsm_jax.train.feature_cache import FeatureCache
 from jtsm_jax.train.metrics import MetricWriter
 from jtsm_jax.train.sharding import make_mesh, put_batch, replicated
 from jtsm_jax.train.state import TrainState, create_state
-from jtsm_jax.types import Batch, Mined
+from jtsm_jax.types import Batch, InputError, Mined
 
 Evaluate = Callable[[TrainState], dict[str, float]]
 ShowMined = Callable[[Batch, Mined, reestimation.Futures | None], None]
@@ -57,7 +57,16 @@ def train(
 
   Returns:
     The state after the last step.
+
+  Raises:
+    InputError: a field of `config` is at fault, no checkpoint can be read, or
+      there are several processes.
   """
+  if jax.process_count() > 1:
+    raise InputError(
+      f"there are {jax.process_count()} processes; training runs in one "
+      "process so far, on all devices of its machine"
+    )
   source = data.splits["train"]
   categories = data.categories
   warm_up_steps = config.warm_up.steps
@@ -78,7 +87,7 @@ def train(
   )
 
   # Input: the batches are a pure function of the step, in each phase.
-  def pipeline(step: int, *, start: int = 0):
+  def pipeline(step: int, *, start: int = 0, load_images: bool = True):
     warming_up = step < warm_up_steps
     return make_pipeline(
       source,
@@ -90,6 +99,7 @@ def train(
       max_superpixels=config.proposals.num_superpixels,
       start_step=start,
       num_steps=warm_up_steps if warming_up else config.train.steps,
+      load_images=load_images,
       flip=config.data.flip,
       colour_factor=config.data.colour_factor,
       process_index=jax.process_index(),
@@ -104,9 +114,16 @@ def train(
   )
   example = jax.tree.map(lambda x: x[:1], next(pipeline(last_step))[1])
   pretrained = build.load_pretrained(config, workdir / "weights")
-  abstract_params = jax.eval_shape(model.init, key, example)["params"]
-  warm_up_optimizer = build.warm_up_optimizer(config, abstract_params)
-  optimizer = build.main_optimizer(config, abstract_params)
+  abstract = jax.eval_shape(model.init, key, example)
+  warm_up_optimizer = build.warm_up_optimizer(config, abstract["params"])
+  optimizer = build.main_optimizer(config, abstract["params"])
+  is_cached = build.caches_features(
+    config, model, abstract, source, split="train"
+  )
+
+  def batches_from(step: int):
+    loads = step < warm_up_steps or not is_cached
+    return pipeline(step, load_images=loads)
 
   def new_state(step: int) -> TrainState:
     return create_state(
@@ -143,12 +160,12 @@ def train(
 
     state = jax.eval_shape(lambda: new_state(step))
     mined = mined_zeros(config.train.batch_size, num_slots, example)
-    return place(state), [place(mined)] * flying, pipeline(step)
+    return place(state), [place(mined)] * flying, batches_from(step)
 
   manager = checkpoints.open_checkpoints(workdir / "checkpoints")
   restored = checkpoints.restore_latest(manager, checkpoint_template)
   if restored is None:
-    state, waiting, batches = new_state(0), [], pipeline(0)
+    state, waiting, batches = new_state(0), [], batches_from(0)
     if not warm_up_steps:
       state = begin_mining(state)
     state = jax.device_put(state, replicated(mesh))
@@ -172,7 +189,7 @@ def train(
     iterations=config.reestimation.iterations,
     longest_side=config.reestimation.longest_side,
     workers=config.reestimation.threads or os.cpu_count(),
-    cache_dir=workdir / "masks" / store.path.name,
+    cache_dir=workdir / "masks" / source.fingerprint / store.path.name,
   )
   submit = functools.partial(
     reestimation.submit, reestimator, source=source, store=store
@@ -205,7 +222,7 @@ def train(
       with jax.set_mesh(mesh):
         state, metrics = tag_step(state, put_batch(batch, mesh))
       if step + 1 == warm_up_steps:
-        state, batches = begin_mining(state), pipeline(last_step)
+        state, batches = begin_mining(state), batches_from(last_step)
         cache = open_cache(state)
     else:
       batch = cache.attach(batch) if cache else batch
@@ -237,6 +254,7 @@ def train(
       values = meter.read()
       check_finite(values, step=done, batch=batch, source=source)
       if has_branches:
+        values["reestimation/queue"] = reestimator.queue_depth
         values["reestimation/hits"] = reestimator.hits
         values["reestimation/misses"] = reestimator.misses
       writer.write(done, values)

@@ -32,7 +32,7 @@ def test_maps_of_a_canvas_come_back_to_the_image():
   # An image of 20 x 30 lies on 42 of 64 columns and 28 of 32 rows; the value of
   # each cell is its own position, so the image must show a ramp.
   cells = np.mgrid[0:4, 0:8].transpose(1, 2, 0).astype(np.float32)
-  found = predict_lib._to_image(cells, np.array([28, 42]), (20, 30), SETTINGS)
+  found = predict_lib._to_image(cells, np.array([28, 42]), (20, 30), (32, 64))
   y = (np.arange(20) + 0.5) * 28 / 20 / 8 - 0.5
   x = (np.arange(30) + 0.5) * 42 / 30 / 8 - 0.5
   np.testing.assert_allclose(found[:, 7, 0], y.clip(0, 3), atol=0.05)
@@ -50,6 +50,7 @@ def test_a_mirrored_view_is_mirrored_back():
     proposals,
     views,
     np.array([32, 64]),
+    (32, 64),
     np.ones(3, bool),
     1,
     SETTINGS,
@@ -62,12 +63,13 @@ def test_a_mirrored_view_is_mirrored_back():
 def test_votes_decide_where_there_is_no_semantic_branch():
   proposals = _halves(16, 32)
   scores = np.array([[0.1, 0.8, 0.2], [0.1, 0.2, 0.8]], np.float32)
+  size = np.array([32, 64])
   label, _ = predict_lib._stuff_map(
-    scores, proposals, [], np.array([32, 64]), np.ones(3, bool), 1, SETTINGS
+    scores, proposals, [], size, (32, 64), np.ones(3, bool), 1, SETTINGS
   )
   np.testing.assert_array_equal(label, proposals.superpixels + 1)
   absent = np.array([True, False, True])
   label, _ = predict_lib._stuff_map(
-    scores, proposals, [], np.array([32, 64]), absent, 1, SETTINGS
+    scores, proposals, [], size, (32, 64), absent, 1, SETTINGS
   )
   assert (label == 2).all()

@@ -93,14 +93,21 @@ def test_branches_without_classes_are_left_out():
 @pytest.mark.parametrize(
   ("field", "value", "message"),
   [
-    ("name", "vgg16", "'vgg16'; wanted one of resnet_ws, efficientnet_lite0"),
-    ("outputs", ("res5", "res6"), "res6.*stem, res2, res3, res4, res5"),
-    ("freeze", "res9", "'res9'"),
+    ("backbone.name", "vgg16", "'vgg16'.*'resnet_ws', 'efficientnet_lite0'"),
+    ("backbone.outputs", ("res5", "res6"), "res6.*: res2, res3, res4, res5"),
+    ("backbone.outputs", ("stem",), "stem.*: res2, res3, res4, res5"),
+    ("backbone.outputs", (), "outputs"),
+    ("backbone.freeze", "res9", "'res9'.*stem, res2, res3, res4, res5"),
+    ("backbone.stride", 32, "stride is 32; resnet_ws has one of 8, 16"),
+    *[
+      (field, 34 if "depth" in field else "other", f"{field} is .*wanted one")
+      for field in build.CHOICES
+    ],
   ],
 )
-def test_unknown_backbones_and_stages_are_input_errors(field, value, message):
+def test_unknown_values_are_input_errors(field, value, message):
   config = base.get_config()
-  config.backbone[field] = value
+  config.update_from_flattened_dict({field: value})
   with pytest.raises(InputError, match=message):
     build.build_model(config, CATEGORIES)
 
