@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -125,7 +126,7 @@ def restore_variables(directory: pathlib.Path) -> tuple[int, dict[str, Any]]:
     directory: the checkpoints of a run.
 
   Returns:
-    The step and what `model.apply` takes.
+    The step and what `model.apply` takes, as numpy arrays.
 
   Raises:
     InputError: there is no checkpoint, or none can be read.
@@ -136,14 +137,29 @@ def restore_variables(directory: pathlib.Path) -> tuple[int, dict[str, Any]]:
   with open_checkpoints(directory) as manager:
     for step in sorted(manager.all_steps(), reverse=True):
       try:
-        state = manager.restore(
-          step, args=ocp.args.Composite(state=ocp.args.StandardRestore())
-        )["state"]
+        state = _restore_arrays(manager, step, ("params", "model_state"))
       except Exception as error:  # Orbax raises many kinds for damaged files.
         _warn_damaged(manager, step, error)
         continue
       return step, {"params": state["params"], **state["model_state"]}
   raise InputError(f"{directory}: no checkpoint can be read; {remedy}")
+
+
+def _restore_arrays(
+  manager: ocp.CheckpointManager, step: int, fields: tuple[str, ...]
+) -> Any:
+  """Some fields of a state as numpy arrays, whatever devices it was made on."""
+  path = manager.directory / str(step) / "state"
+  with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+    tree = handler.metadata(path).tree
+    wanted = {name: tree[name] for name in fields}
+    as_numpy = jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
+    )
+    args = ocp.args.PyTreeRestore(
+      wanted, restore_args=as_numpy, partial_restore=True
+    )
+    return handler.restore(path, args=args)
 
 
 def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
