@@ -3,9 +3,10 @@
     python benchmarks/ablations.py --workdir=runs/ablations --seeds=3
 
 Trains `configs/shapes.py` with one choice changed at a time (the paper's Tables
-1 to 3 in small) and prints PQ, mean and spread over the seeds. Data, proposals
-and backbone features are shared; a run that is finished is not repeated, so a
-stopped study goes on where it was.
+1 to 3 in small) and prints PQ, mean and spread over the seeds. Data and
+proposals are shared by all runs, the backbone's features by those of a seed,
+which chooses the images of their projection. A run that is finished is not
+repeated, so a stopped study goes on where it was.
 """
 
 import argparse

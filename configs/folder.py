@@ -12,52 +12,18 @@ with ImageNet weights, frozen.
 
 import ml_collections
 
-from configs import base
+from configs import small_data
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Settings for a few hundred photographs, see docs/decisions.md."""
-  c = base.get_config()
+  """Photographs both ways up; heads that are tied over the bins."""
+  c = small_data.get_config()
   c.data.canvases = ((320, 480), (480, 320))
   c.data.eval_canvases = ((320, 480), (480, 320))
-  c.data.colour_factor = 1.0
   c.proposals.num_superpixels = 300
   c.proposals.max_proposals = 400
-
-  c.backbone.name = "efficientnet_lite0"
-  c.backbone.pretrained = "imagenet"
-  c.backbone.stride = 16
-  c.backbone.outputs = ("head",)
-  c.backbone.projection = 128
-
-  c.pooling.availability = "coverage"
   c.pooling.reduce = "mean"
-  c.pooling.average = True
-  c.pooling.center = True
-  c.pooling.size_exponents = (0.25, 0.5)
-  c.neck.widths = ()
-  c.neck.input_dropout = 0.5
-  c.heads.num_refinements = 3
-
-  c.instance.channels = 64
-  c.semantic.channels = 64
-  c.reestimation.longest_side = 160
-  c.reestimation.start = 700
-  c.losses.instances_per_image = 8
-
   c.train.steps = 1000
-  c.train.batch_size = 8
-  c.train.optimizer = "adamw"
-  c.train.learning_rate = 1e-3
   c.train.boundaries = (700,)
-  c.train.weight_decay = 0.1
-  c.train.log_every = 50
-  c.train.checkpoint_every = 500
-  c.train.evaluate_every = 5000
-
-  c.evaluation.calibrate = True
-  c.evaluation.mil_share = 0.5
-  c.evaluation.mask_share = 0.6
-  c.evaluation.semantic_share = 0.5
-  c.evaluation.batch_size = 8
+  c.reestimation.start = 700
   return c

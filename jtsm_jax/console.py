@@ -88,19 +88,3 @@ class _LogLines(tqdm.tqdm):
         self.refresh()
       self.disable = True
       self._decr_instances(self)
-
-
-def format_duration(seconds: float) -> str:
-  """12 s, 3 min 05 s, 2 h 07 min or 1 d 04 h; below 10 s one decimal."""
-  if seconds < 9.95:
-    return f"{seconds:.1f} s"
-  seconds = round(seconds)
-  if seconds < 60:
-    return f"{seconds} s"
-  minutes, seconds = divmod(seconds, 60)
-  if minutes < 60:
-    return f"{minutes} min {seconds:02d} s"
-  hours, minutes = divmod(minutes, 60)
-  if hours < 24:
-    return f"{hours} h {minutes:02d} min"
-  return f"{hours // 24} d {hours % 24:02d} h"

@@ -12,6 +12,7 @@ are integers with an INCLUSIVE end, as in RoIPool (see `grid_boxes`).
 from pallas_kernels.grid import (
   available_bins,
   available_cells,
+  cells_in_boxes,
   grid_boxes,
   superpixel_coverage,
   superpixel_masks,
@@ -23,6 +24,7 @@ from pallas_kernels.roi_pool import roi_pool
 __all__ = [
   "available_bins",
   "available_cells",
+  "cells_in_boxes",
   "grid_boxes",
   "masked_average",
   "moi_pool",

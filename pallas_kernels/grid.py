@@ -131,7 +131,15 @@ def superpixel_masks(
 def cells_in_boxes(
   boxes: jax.Array, *, grid_size: tuple[int, int]
 ) -> jax.Array:
-  """[P, Hf, Wf] bool: the cells of inclusive grid boxes [P, 4] int32."""
+  """The cells of each box.
+
+  Args:
+    boxes: [P, 4] int32 inclusive grid boxes.
+    grid_size: (Hf, Wf).
+
+  Returns:
+    [P, Hf, Wf] bool.
+  """
   y0, x0, y1, x1 = jnp.moveaxis(boxes, -1, 0)[..., None]
   rows = jnp.arange(grid_size[0])
   columns = jnp.arange(grid_size[1])

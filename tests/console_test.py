@@ -2,8 +2,6 @@
 
 import re
 
-import pytest
-
 from jtsm_jax import console
 
 
@@ -36,20 +34,3 @@ def test_progress_writes_nothing_on_stdout(capsys):
   captured = capsys.readouterr()
   assert captured.out == ""
   assert "x: 2/2" in captured.err
-
-
-@pytest.mark.parametrize(
-  ("seconds", "text"),
-  [
-    (0, "0.0 s"),
-    (9.94, "9.9 s"),
-    (9.96, "10 s"),
-    (59.6, "1 min 00 s"),
-    (185, "3 min 05 s"),
-    (3599.7, "1 h 00 min"),
-    (7620, "2 h 07 min"),
-    (100800, "1 d 04 h"),
-  ],
-)
-def test_format_duration(seconds, text):
-  assert console.format_duration(seconds) == text

@@ -31,7 +31,6 @@ def fuse(
   stuff_score: np.ndarray,
   *,
   num_things: int,
-  thresholds: np.ndarray | None = None,
   settings: FusionSettings = FusionSettings(),
 ) -> PanopticMap:
   """Merges instances and stuff into one map.
@@ -41,8 +40,6 @@ def fuse(
     stuff: [H, W] int32 stuff class (T .. K-1) of each pixel, -1 for none.
     stuff_score: [H, W] float32 its score.
     num_things: T.
-    thresholds: [T] score thresholds by class in place of
-      `settings.instance_score`.
     settings: see there.
 
   Returns:
@@ -50,12 +47,10 @@ def fuse(
   """
   ids = np.full(stuff.shape, VOID, np.int32)
   segments = []
-  if thresholds is None:
-    thresholds = np.full(num_things, settings.instance_score)
   for category, score, mask in zip(
     detections.category, detections.score, detections.masks, strict=True
   ):
-    if score < thresholds[category]:
+    if score < settings.instance_score:
       continue
     free = mask & (ids == VOID)
     area = int(free.sum())

@@ -69,7 +69,7 @@ def make_score_step(
 
   @jax.jit
   def score(variables: Any, batch: Batch) -> Scores:
-    features = model.apply(variables, batch, train=False, method="features")
+    features = model.apply(variables, batch, method="features")
     outputs = model.apply(
       variables, features, batch, train=False, method="mine"
     )

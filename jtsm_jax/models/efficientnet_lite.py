@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jtsm_jax.models.frozen_norm import FrozenNorm
 from jtsm_jax.types import Array
 
 BATCH_NORM_EPSILON = 1e-3
@@ -110,23 +111,6 @@ def depthwise_conv(
   return lax.platform_dependent(x, kernel, cpu=shifted, default=grouped)
 
 
-class _Norm(nn.Module):
-  """Batch norm with stored statistics, in one multiply and one add."""
-
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    shape = x.shape[-1:]
-    scale = self.param("scale", nn.initializers.ones, shape)
-    bias = self.param("bias", nn.initializers.zeros, shape)
-    mean = self.variable("batch_stats", "mean", jnp.zeros, shape).value
-    var = self.variable("batch_stats", "var", jnp.ones, shape).value
-    factor = scale * lax.rsqrt(var + BATCH_NORM_EPSILON)
-    offset = bias - mean * factor
-    return x * factor.astype(self.dtype) + offset.astype(self.dtype)
-
-
 class _DepthwiseConv(nn.Module):
   size: int
   stride: int
@@ -171,13 +155,17 @@ class _Block(nn.Module):
     y = x
     if self.expansion > 1:
       y = pointwise(self.expansion * x.shape[-1], "expand")(y)
-      y = nn.relu6(_Norm(self.dtype, name="expand_norm")(y))
+      y = nn.relu6(
+        FrozenNorm(BATCH_NORM_EPSILON, self.dtype, name="expand_norm")(y)
+      )
     y = _DepthwiseConv(
       self.kernel, self.stride, self.dilation, self.dtype, name="depthwise"
     )(y)
-    y = nn.relu6(_Norm(self.dtype, name="depthwise_norm")(y))
+    y = nn.relu6(
+      FrozenNorm(BATCH_NORM_EPSILON, self.dtype, name="depthwise_norm")(y)
+    )
     y = pointwise(self.channels, "project")(y)
-    y = _Norm(self.dtype, name="project_norm")(y)
+    y = FrozenNorm(BATCH_NORM_EPSILON, self.dtype, name="project_norm")(y)
     return x + y if x.shape == y.shape else y
 
 
@@ -232,7 +220,9 @@ class EfficientNetLite0(nn.Module):
       dtype=self.dtype,
       name="stem",
     )(x)
-    x = nn.relu6(_Norm(self.dtype, name="stem_norm")(x))
+    x = nn.relu6(
+      FrozenNorm(BATCH_NORM_EPSILON, self.dtype, name="stem_norm")(x)
+    )
 
     stride, dilation, index = 2, 1, 0
     for number, stage in enumerate(STAGES, start=1):
@@ -258,7 +248,9 @@ class EfficientNetLite0(nn.Module):
     x = nn.Dense(HEAD_CHANNELS, use_bias=False, dtype=self.dtype, name="head")(
       x
     )
-    x = nn.relu6(_Norm(self.dtype, name="head_norm")(x))
+    x = nn.relu6(
+      FrozenNorm(BATCH_NORM_EPSILON, self.dtype, name="head_norm")(x)
+    )
     features["head"] = x
     if self.num_classes:
       pooled = x.mean(axis=(1, 2))

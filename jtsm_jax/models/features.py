@@ -23,7 +23,7 @@ class FeatureExtractor(nn.Module):
     outputs: names of the stages to use, concatenated over channels.
     stride: pixels per cell of the result; every stage is resized to it.
     projection: channels after the PCA; 0 leaves the stages as they are.
-    frozen: stop gradients and use the stored statistics of norm layers.
+    frozen: stop gradients.
   """
 
   backbone: nn.Module
@@ -37,9 +37,12 @@ class FeatureExtractor(nn.Module):
     if self.projection:
       self.project = Projection(self.projection)
 
-  def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-    """Maps [B, H, W, 3] uint8 to [B, H / stride, W / stride, C] float32."""
-    x = self.stages(images, train=train and not self.frozen)
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Maps [B, H, W, 3] uint8 to [B, H / stride, W / stride, C] float32.
+
+    Norm layers use their stored statistics, also while their weights train.
+    """
+    x = self.stages(images, train=False)
     if self.frozen:
       x = jax.lax.stop_gradient(x)
     return self.project(x) if self.projection else x

@@ -30,15 +30,15 @@ class JTSM(nn.Module):
   instance: InstanceBranch | None
   semantic: SemanticBranch | None
 
-  def features(self, batch: Batch, *, train: bool) -> jax.Array:
+  def features(self, batch: Batch) -> jax.Array:
     """The feature map [B, Hf, Wf, C]: cached, or from the images."""
     if batch.features is not None:
       return batch.features.astype(jnp.float32)
-    return self.extractor(batch.images, train=train)
+    return self.extractor(batch.images)
 
   def extract(self, images: jax.Array) -> jax.Array:
     """The feature map of images, for the cache."""
-    return self.extractor(images, train=False)
+    return self.extractor(images)
 
   def stages(self, images: jax.Array, *, train: bool) -> jax.Array:
     """The feature map before its projection, for warm-up and calibration."""
@@ -73,7 +73,7 @@ class JTSM(nn.Module):
 
   def __call__(self, batch: Batch) -> None:
     """Touches every branch, so that `init` makes all variables."""
-    features = self.features(batch.replace(features=None), train=False)
+    features = self.features(batch.replace(features=None))
     self.mine(features, batch, train=False)
     self.tag_logits(self.stages(batch.images, train=False), batch.size)
     if self.instance is not None:

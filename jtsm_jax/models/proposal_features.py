@@ -92,7 +92,7 @@ class ProposalFeatures(nn.Module):
       )
       bins = pk.available_bins(masks, grid, output_size=self.output_size)
     else:
-      weights = box_masks(grid, features.shape[:2])
+      weights = pk.cells_in_boxes(grid, grid_size=features.shape[:2])
       bins = jnp.ones((len(boxes), *self.output_size), bool)
       if self.pooling == "roi":
         pooled = pk.roi_pool(features, grid, output_size=self.output_size)
@@ -139,12 +139,3 @@ def superpixel_areas(superpixels: jax.Array, count: int) -> jax.Array:
   flat = superpixels.reshape(-1)
   index = jnp.where(flat < 0, count, flat)
   return jnp.zeros(count + 1, jnp.float32).at[index].add(1.0)[:count]
-
-
-def box_masks(grid: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """Masks [P, Hf, Wf] of inclusive grid boxes [P, 4]."""
-  y = jnp.arange(size[0])
-  x = jnp.arange(size[1])
-  rows = (y >= grid[:, None, 0]) & (y <= grid[:, None, 2])
-  columns = (x >= grid[:, None, 1]) & (x <= grid[:, None, 3])
-  return rows[:, :, None] & columns[:, None, :]

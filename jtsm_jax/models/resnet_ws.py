@@ -16,8 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from jtsm_jax.models.frozen_norm import FrozenNorm
 from jtsm_jax.types import Array
 
 PIXEL_MEAN = (122.7717, 115.9465, 102.9801)
@@ -46,23 +46,6 @@ def scaled_channels(channels: int, *, width: float) -> int:
   return max(8, int(channels * width / 8 + 0.5) * 8)
 
 
-class _FrozenNorm(nn.Module):
-  """Batch norm with stored statistics: x * factor + offset."""
-
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    shape = x.shape[-1:]
-    scale = self.param("scale", nn.initializers.ones, shape)
-    bias = self.param("bias", nn.initializers.zeros, shape)
-    mean = self.variable("batch_stats", "mean", jnp.zeros, shape).value
-    var = self.variable("batch_stats", "var", jnp.ones, shape).value
-    factor = scale * lax.rsqrt(var + BATCH_NORM_EPSILON)
-    offset = bias - mean * factor
-    return x * factor.astype(self.dtype) + offset.astype(self.dtype)
-
-
 class _ConvNorm(nn.Module):
   """A convolution without bias, padded to keep the size, and its norm."""
 
@@ -88,7 +71,7 @@ class _ConvNorm(nn.Module):
     )(x)
     match self.norm:
       case "frozen":
-        return _FrozenNorm(self.dtype, name="norm")(x)
+        return FrozenNorm(BATCH_NORM_EPSILON, self.dtype, name="norm")(x)
       case "batch":
         return nn.BatchNorm(
           use_running_average=not train,

@@ -84,7 +84,7 @@ def _stage_channels(model: JTSM, images: jax.Array) -> list[jax.Array]:
 def _fit_center(model, state, batches):
   @jax.jit
   def moments(variables, batch):
-    features = model.apply(variables, batch, train=False, method="features")
+    features = model.apply(variables, batch, method="features")
     parts = model.apply(variables, features, batch, method="pool")
     weight = batch.valid[..., None]
     return weight.sum(), [

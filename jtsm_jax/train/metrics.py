@@ -74,16 +74,6 @@ class MetricWriter:
     for name, number in numbers.items():
       self._tensorboard().add_scalar(name, number, int(step))
 
-  def image(self, step: int, tag: str, rgb: np.ndarray) -> None:
-    """Shows `rgb`, uint8 [H, W, 3], in TensorBoard."""
-    if self._active:
-      self._tensorboard().add_image(tag, rgb, int(step), dataformats="HWC")
-
-  def text(self, step: int, tag: str, text: str) -> None:
-    """Shows `text`, Markdown, in TensorBoard."""
-    if self._active:
-      self._tensorboard().add_text(tag, text, int(step))
-
   def truncate_after(self, step: int) -> None:
     """Drops what was written for steps later than `step`.
 

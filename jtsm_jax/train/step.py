@@ -68,7 +68,7 @@ def mining_loss(
   """L_PM (Eq. 4) of a batch, and what the last head mines."""
   options = dataclasses.asdict(mining)
   # Norm layers keep the statistics of the warm-up: batches are small from now.
-  features = model.apply(variables, batch, train=False, method="features")
+  features = model.apply(variables, batch, method="features")
   outputs = model.apply(
     variables,
     features,
@@ -135,7 +135,7 @@ def branch_loss(
   losses: LossSettings,
 ) -> tuple[jax.Array, Metrics]:
   """L_IS + L_SS of a batch with re-estimated masks; absent branches add 0."""
-  features = model.apply(variables, batch, train=False, method="features")
+  features = model.apply(variables, batch, method="features")
   loss = jnp.zeros(())
   metrics = {}
   if model.instance is not None:

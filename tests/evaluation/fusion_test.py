@@ -84,10 +84,8 @@ def test_detections_that_are_taken_by_more_than_the_share_are_left_out():
 def test_scores_below_the_threshold_are_left_out():
   detections = _detections((1, 0.5, "##........"), (0, 0.4, "....##...."))
   assert _fuse(detections, "..........")[0] == "1100000000"
-  assert (
-    _fuse(detections, "..........", thresholds=np.array([0.3, 0.6]))[0]
-    == "0000110000"
-  )
+  low = {"instance_score": 0.4}
+  assert _fuse(detections, "..........", settings=low)[0] == "1100220000"
 
 
 def test_small_stuff_is_void_and_area_is_what_is_left_of_it():

@@ -49,8 +49,8 @@ def test_cached_features_replace_the_images():
   variables = tiny.make_variables(model, BATCH)
   features = model.apply(variables, BATCH.images, method="extract")
   cached = BATCH.replace(images=None, features=np.asarray(features, np.float16))
-  direct = model.apply(variables, BATCH, train=False, method="features")
-  found = model.apply(variables, cached, train=False, method="features")
+  direct = model.apply(variables, BATCH, method="features")
+  found = model.apply(variables, cached, method="features")
   np.testing.assert_array_equal(features, direct)
   assert found.dtype == np.float32
   np.testing.assert_allclose(found, direct, rtol=1e-3, atol=1e-5)
@@ -63,7 +63,7 @@ def test_cached_features_replace_the_images():
 def test_mining_is_pooling_then_neck_then_heads():
   model = tiny.make_model()
   variables = tiny.make_variables(model, BATCH)
-  features = model.apply(variables, BATCH, train=False, method="features")
+  features = model.apply(variables, BATCH, method="features")
   found = model.apply(variables, features, BATCH, train=False, method="mine")
   params = variables["params"]
   [x] = model.apply(variables, features, BATCH, method="pool")

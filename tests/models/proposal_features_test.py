@@ -10,7 +10,6 @@ import pytest
 from jtsm_jax.models.proposal_features import (
   ProposalFeatures,
   area_share,
-  box_masks,
   superpixel_areas,
 )
 from tests import tiny
@@ -142,11 +141,3 @@ def test_areas_and_shares_leave_padding_out():
   np.testing.assert_allclose(share, _share(), rtol=1e-6)
   nothing = area_share(np.full((4, 4), -1), np.ones((2, 3), bool))
   assert nothing.tolist() == [0, 0]
-
-
-def test_box_masks_have_an_inclusive_end():
-  found = box_masks(jnp.array([[0, 1, 1, 1], [2, 2, 5, 9]]), (3, 4))
-  assert found.astype(int).tolist() == [
-    [[0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]],
-    [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]],
-  ]

@@ -193,3 +193,13 @@ def test_available_bins_equal_the_loop():
         expected[p, u, v] = masks[p, rows, columns].any()
   assert 0 < expected.sum() < expected.size
   np.testing.assert_array_equal(got, expected)
+
+
+def test_cells_in_boxes_have_an_inclusive_end():
+  found = pallas_kernels.cells_in_boxes(
+    jnp.array([[0, 1, 1, 1], [2, 2, 5, 9]]), grid_size=(3, 4)
+  )
+  assert found.astype(int).tolist() == [
+    [[0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]],
+    [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]],
+  ]

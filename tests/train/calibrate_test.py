@@ -77,7 +77,7 @@ def test_centred_proposals_have_zero_mean_and_unit_spread():
   state = calibrate(model, _state(model), [*batches, PADDING], seed=0)
 
   def describe(module, batch):
-    features = module.features(batch, train=False)
+    features = module.features(batch)
     return module.proposal_features(features, batch)
 
   apply = jax.jit(lambda b: model.apply(state.variables, b, method=describe))

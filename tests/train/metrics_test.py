@@ -106,26 +106,9 @@ def test_foreign_line_is_an_error_that_names_it(tmp_path, line):
   assert path.read_text().count("\n") == 2  # nothing was lost
 
 
-def test_image_and_text(tmp_path):
-  writer = MetricWriter(tmp_path)
-  writer.image(4, "val/cow", np.full((6, 8, 3), 200, np.uint8))
-  writer.text(5, "config", "seed: 1")
-  writer.close()
-  values = {
-    v.tag: (event.step, v)
-    for event in read_events(tmp_path)
-    for v in event.summary.value
-  }
-  step, picture = values["val/cow"]
-  assert (step, picture.image.height, picture.image.width) == (4, 6, 8)
-  assert [s for tag, (s, _) in values.items() if "config" in tag] == [5]
-
-
 def test_inactive_writer_touches_nothing(tmp_path):
   writer = MetricWriter(tmp_path / "none", active=False)
   writer.write(1, {"a": 1})
-  writer.image(1, "a", np.zeros((2, 2, 3), np.uint8))
-  writer.text(1, "a", "b")
   writer.truncate_after(0)
   writer.close()
   assert list(tmp_path.iterdir()) == []
