@@ -23,8 +23,8 @@ from jtsm_jax.types import PADDING, Batch, InputError, Proposals
 _COLOUR = 2  # The stream of random numbers beside those of sampling.py.
 
 
-class ProposalStore(Protocol):
-  """What the pipeline needs of a store of proposals; a dict will do."""
+class ProposalSource(Protocol):
+  """What the pipeline needs of a store of proposals."""
 
   def __contains__(self, image_id: str) -> bool: ...
 
@@ -33,7 +33,7 @@ class ProposalStore(Protocol):
 
 def make_pipeline(
   source: RecordSource,
-  store: ProposalStore,
+  store: ProposalSource,
   *,
   seed: int,
   canvases: tuple[tuple[int, int], ...],
@@ -119,7 +119,7 @@ def make_pipeline(
 
 def inference_batches(
   source: RecordSource,
-  store: ProposalStore,
+  store: ProposalSource,
   *,
   canvases: tuple[tuple[int, int], ...],
   batch_size: int,
@@ -286,7 +286,7 @@ def images_on_canvas(plan: BatchPlan, source: RecordSource) -> np.ndarray:
 
 
 def with_fallback(
-  store: ProposalStore,
+  store: ProposalSource,
 ) -> Callable[[str, tuple[int, int]], Proposals]:
   """`store.get`, where an image without proposals is one proposal itself.
 

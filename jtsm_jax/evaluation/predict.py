@@ -12,7 +12,7 @@ import numpy as np
 
 from jtsm_jax.console import progress
 from jtsm_jax.data.pipeline import (
-  ProposalStore,
+  ProposalSource,
   inference_batches,
   with_fallback,
 )
@@ -91,7 +91,7 @@ def predict(
   model: JTSM,
   variables: Any,
   source: RecordSource,
-  store: ProposalStore,
+  store: ProposalSource,
   *,
   calibration: ClassCalibration,
   num_things: int,
@@ -180,7 +180,7 @@ def learn_calibration(
   model: JTSM,
   variables: Any,
   source: RecordSource,
-  store: ProposalStore,
+  store: ProposalSource,
   *,
   settings: PredictionSettings,
   cache: FeatureCache | None = None,

@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from jtsm_jax.console import progress
-from jtsm_jax.data.pipeline import make_pipeline
+from jtsm_jax.data.pipeline import make_pipeline, with_fallback
 from jtsm_jax.data.prepared import PreparedData, RecordSource
 from jtsm_jax.mining.labels import slots_needed
 from jtsm_jax.mining.masks import MaskReestimator
@@ -192,7 +192,10 @@ def train(
     cache_dir=workdir / "masks" / source.fingerprint / store.path.name,
   )
   submit = functools.partial(
-    reestimation.submit, reestimator, source=source, store=store
+    reestimation.submit,
+    reestimator,
+    source=source,
+    get_proposals=with_fallback(store),
   )
 
   def open_cache(state: TrainState) -> FeatureCache | None:

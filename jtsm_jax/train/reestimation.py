@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import numpy as np
@@ -9,8 +10,7 @@ import numpy as np
 from jtsm_jax.data.prepared import RecordSource
 from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.mining.masks import MaskReestimator
-from jtsm_jax.proposals.store import ProposalStore
-from jtsm_jax.types import Batch, Mined, PseudoMasks
+from jtsm_jax.types import Batch, Mined, Proposals, PseudoMasks
 
 Futures = list[list[Future | None]]
 
@@ -21,12 +21,23 @@ def submit(
   mined: Mined,
   *,
   source: RecordSource,
-  store: ProposalStore,
+  get_proposals: Callable[[str, tuple[int, int]], Proposals],
 ) -> Futures:
-  """Asks for the masks of all mined segments of a host batch."""
+  """Asks for the masks of all mined segments of a host batch.
+
+  Args:
+    reestimator: makes the masks on its threads.
+    batch: with B images; its `image_index` points into `source`.
+    mined: [B, M] segments of the batch.
+    source: the split.
+    get_proposals: see `data.pipeline.with_fallback`.
+
+  Returns:
+    B lists of M futures; None for an empty slot.
+  """
   return [
     [
-      _submit_one(reestimator, source, store, int(index), int(proposal))
+      _submit_one(reestimator, source, get_proposals, int(index), int(proposal))
       if ok and index >= 0
       else None
       for proposal, ok in zip(proposals, valid, strict=True)
@@ -37,14 +48,12 @@ def submit(
   ]
 
 
-def _submit_one(reestimator, source, store, index, proposal):
+def _submit_one(reestimator, source, get_proposals, index, proposal):
   image_id = source.image_ids[index]
 
   def load():
     image = decode_image(source[index].image, name=image_id)
-    if image_id not in store:  # The pipeline made one proposal of the image.
-      return image, np.ones(image.shape[:2], bool)
-    proposals = store.get(image_id)
+    proposals = get_proposals(image_id, image.shape[:2])
     return image, proposals.membership[proposal][proposals.superpixels]
 
   return reestimator.submit(image_id, proposal, load)

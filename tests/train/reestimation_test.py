@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
+from jtsm_jax.data.pipeline import with_fallback
 from jtsm_jax.data.transforms import fit_to_canvas
 from jtsm_jax.mining.masks import MaskReestimator
 from jtsm_jax.train import reestimation
@@ -105,7 +106,7 @@ def test_submit_asks_for_the_mined_segments_of_real_images():
     flip=np.array([False, False, True]),
   )
   mined = tiny.make_mined(np.zeros((3, 2)), np.ones((3, 2))).replace(
-    proposal=np.array([[2, 1], [0, 0], [0, 1]]),
+    proposal=np.array([[2, 1], [0, 0], [0, 0]]),
     valid=np.array([[True, True], [True, True], [False, True]]),
   )
   with MaskReestimator(init="none", workers=2) as reestimator:
@@ -114,7 +115,8 @@ def test_submit_asks_for_the_mined_segments_of_real_images():
       batch,
       mined,
       source=_Source(image),
-      store={"b": proposals},  # "c" has none: the image is its own proposal
+      # "c" has none: the image is its own proposal.
+      get_proposals=with_fallback({"b": proposals}),
     )
     found = reestimation.collect(futures, batch, mask_stride=4)
   assert found.valid.tolist() == [[True, True], [False, False], [False, True]]
