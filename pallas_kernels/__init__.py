@@ -20,6 +20,7 @@ from pallas_kernels.grid import (
 from pallas_kernels.moi_pool import masked_average, moi_pool
 from pallas_kernels.roi_align import roi_align
 from pallas_kernels.roi_pool import roi_pool
+from pallas_kernels.tps_pool import tps_pool
 
 __all__ = [
   "available_bins",
@@ -32,4 +33,5 @@ __all__ = [
   "roi_pool",
   "superpixel_coverage",
   "superpixel_masks",
+  "tps_pool",
 ]

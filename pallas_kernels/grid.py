@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import struct
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+ROUNDED_CELLS = 1024  # see `bin_edges`
 
 
 def grid_boxes(boxes: jax.Array, *, stride: float) -> jax.Array:
@@ -154,9 +160,10 @@ def bin_edges(
   """First and past-the-end row and column of the bins of each box (Eq. 5).
 
   Bin u of a box of h rows is y0 + [floor(u h / oh), ceil((u + 1) h / oh)),
-  clipped to the grid, in exact integers; a box has at least one cell. RoIPool
-  computes h / oh in float32, which for some h (57, 114, 121, ...) pushes the
-  end of the last bin one cell past the box.
+  clipped to the grid; a box has at least one cell. RoIPool rounds h / oh and
+  its product to float32, which for some h (57, 114, 121, ... of 7 bins) makes
+  the last bin end one cell past the box. So it is here for up to 1,024 cells;
+  beyond, the edges are exact.
 
   Args:
     boxes: [P, 4] int32 inclusive grid boxes.
@@ -171,14 +178,37 @@ def bin_edges(
     first = first[:, None]
     extent = jnp.maximum(last[:, None] - first + 1, 1)
     u = jnp.arange(bins)
-    start = first + extent * u // bins
-    end = first + (extent * (u + 1) + bins - 1) // bins
-    return jnp.clip(start, 0, cells), jnp.clip(end, 0, cells)
+    exact = extent * u // bins, (extent * (u + 1) + bins - 1) // bins
+    # Devices divide in different ways: the host makes a table.
+    table = _rounded_edges(ROUNDED_CELLS, bins)
+    row = jnp.minimum(extent[:, 0], ROUNDED_CELLS)
+    return tuple(
+      jnp.clip(
+        first + jnp.where(extent <= ROUNDED_CELLS, jnp.array(t)[row], e),
+        0,
+        cells,
+      )
+      for t, e in zip(table, exact, strict=True)
+    )
 
   y0, x0, y1, x1 = jnp.moveaxis(boxes, -1, 0)
   return (
     *edges(y0, y1, output_size[0], grid_size[0]),
     *edges(x0, x1, output_size[1], grid_size[1]),
+  )
+
+
+@functools.lru_cache(maxsize=64)
+def _rounded_edges(limit, bins):
+  """Starts and ends [limit + 1, bins] of the bins of 0 .. limit cells."""
+
+  def float32(x):
+    return struct.unpack("f", struct.pack("f", x))[0]
+
+  sizes = [float32(extent / bins) for extent in range(limit + 1)]
+  return (
+    [[math.floor(float32(u * s)) for u in range(bins)] for s in sizes],
+    [[math.ceil(float32(u * s)) for u in range(1, bins + 1)] for s in sizes],
   )
 
 

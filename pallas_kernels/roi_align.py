@@ -15,7 +15,7 @@ def roi_align(
   *,
   stride: float,
   output_size: tuple[int, int] = (7, 7),
-  sampling_ratio: int = 2,
+  sampling_ratio: int | None = 2,
 ) -> jax.Array:
   """Averages bilinear samples of the features in each bin of each box.
 
@@ -31,7 +31,8 @@ def roi_align(
     boxes: [P, 4] float (y0, x0, y1, x1), half-open, canvas pixels.
     stride: pixels per cell.
     output_size: (oh, ow).
-    sampling_ratio: points per bin and axis.
+    sampling_ratio: points per bin and axis; None: as many as a bin of the box
+      has cells, rounded up, which differs from box to box.
 
   Returns:
     [P, oh, ow, C], dtype of the features.
@@ -49,12 +50,15 @@ def roi_align(
     raise ValueError(
       f"boxes: found shape {list(boxes.shape)}, wanted [P, 4] in pixels"
     )
-  if len(output_size) != 2 or min(output_size) < 1 or sampling_ratio < 1:
+  too_few = sampling_ratio is not None and sampling_ratio < 1
+  if len(output_size) != 2 or min(output_size) < 1 or too_few:
     raise ValueError(
       f"output_size, sampling_ratio: found {output_size}, {sampling_ratio},"
       " wanted positive integers"
     )
   boxes = boxes.astype(jnp.float32) / stride - 0.5
+  if sampling_ratio is None:
+    return _align_adaptively(features, lax.stop_gradient(boxes), output_size)
   rows = _samples(
     boxes[:, 0], boxes[:, 2], output_size[0], sampling_ratio, features.shape[0]
   )
@@ -131,3 +135,36 @@ def _matrix(cell, weight, cells):
 
 
 _align.defvjp(_forward, _backward)
+
+
+def _align_adaptively(features, boxes, output_size):
+  """Interpolates rows, then columns: the number of points is no shape then."""
+
+  def align(box):
+    rows = _adaptive_matrix(box[0], box[2], output_size[0], features.shape[0])
+    columns = _adaptive_matrix(
+      box[1], box[3], output_size[1], features.shape[1]
+    )
+    wide = jnp.einsum("uh,hwc->uwc", rows, features, precision="highest")
+    pooled = jnp.einsum("vw,uwc->uvc", columns, wide, precision="highest")
+    return pooled.astype(features.dtype)
+
+  return lax.map(align, boxes)
+
+
+def _adaptive_matrix(start, end, bins, cells):
+  """[bins, cells]: weights of the cells in the mean of a bin's points."""
+  size = (end - start) / bins
+  # Not ceil(size): devices divide in different ways.
+  ratio = jnp.floor(size)
+  ratio = ratio + (ratio * bins < end - start)
+
+  def add_point(i, matrix):
+    points = start + size * (jnp.arange(bins) + (i + 0.5) / ratio)
+    inside = (points >= -1) & (points <= cells)
+    points = jnp.clip(points, 0, cells - 1)
+    near = 1 - jnp.abs(points[:, None] - jnp.arange(cells))
+    return matrix + jnp.maximum(near, 0) * inside[:, None] / ratio
+
+  matrix = jnp.zeros((bins, cells), jnp.float32)
+  return lax.fori_loop(0, ratio.astype(jnp.int32), add_point, matrix)

@@ -24,6 +24,12 @@ TESTED_ELSEWHERE = {
     )
     for name in ("api", "reference", "vjp", "xla")
   },
+  **{
+    f"pallas_kernels/moi_pool/pallas_{name}.py": (
+      "tests/pallas_kernels/moi_pool/kernels_test.py"
+    )
+    for name in ("tpu", "triton", "mosaic_gpu")
+  },
   "pallas_kernels/roi_pool.py": (
     "tests/pallas_kernels/moi_pool/moi_pool_test.py"
   ),

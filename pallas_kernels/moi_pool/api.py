@@ -10,7 +10,14 @@ from pallas_kernels import grid
 from pallas_kernels.moi_pool import reference, vjp
 
 COMPENSATIONS = ("bins", "official", "features", None)
-IMPLEMENTATIONS = ("reference", "xla", None)
+IMPLEMENTATIONS = (
+  "xla",
+  "pallas_tpu",
+  "pallas_triton",
+  "pallas_mosaic_gpu",
+  "reference",
+  None,
+)
 
 
 def moi_pool(
@@ -21,15 +28,18 @@ def moi_pool(
   output_size: tuple[int, int] = (7, 7),
   compensation: str | None = "bins",
   implementation: str | None = None,
+  deterministic: bool = False,
+  interpret: bool = False,
 ) -> jax.Array:
   """Shape-invariant MoIPool of segments, PAPER Eq. 5 to 8.
 
   Each box is divided into oh x ow bins as in RoIPool; a bin takes the maximum
   of its cells that are available, per channel, or 0 if none is. The gradient
   goes to the cell of the maximum (the first in row order if several are equal);
-  masks, boxes and psi carry none. The result is multiplied by a compensation
-  psi, so that a segment that fills few bins is not weaker than one that fills
-  all:
+  masks, boxes and psi carry none. A cell of -inf counts as not available; an
+  available NaN is the maximum of its bins. The result is multiplied by a
+  compensation psi, so that a segment that fills few bins is not weaker than one
+  that fills all:
 
   - "bins": oh * ow / max(available bins, 1). A full mask gives RoIPool.
   - "official": oh * ow / (available bins + 1), as the authors' code.
@@ -42,25 +52,28 @@ def moi_pool(
     features: [Hf, Wf, C] float.
     masks: [P, Hf, Wf] bool, the available cells (see `superpixel_masks`).
     boxes: [P, 4] int32 inclusive grid boxes (y0, x0, y1, x1), see `grid_boxes`.
-      They may reach over the border of the grid.
+      They may reach over the border of the grid; a traced one outside gives 0.
     output_size: (oh, ow).
     compensation: see above.
-    implementation: "xla", "reference" (slow), or None for the fastest one.
+    implementation: "xla" runs anywhere; "pallas_tpu", "pallas_triton" (NVIDIA
+      GPUs from Ampere on) and "pallas_mosaic_gpu" (from Hopper on) run on their
+      device or raise; "reference" is the definition, slow. None takes the
+      fastest one that was measured for the device.
+    deterministic: on a GPU, make the gradient the same in each run: its sums
+      are made in integers. Elsewhere it always is.
+    interpret: let Pallas emulate its kernel, on any device: slow, for tests.
+      Not for "pallas_mosaic_gpu".
 
   Returns:
     [P, oh, ow, C], dtype of the features.
 
   Raises:
-    ValueError: an argument has the wrong shape or dtype, or an unknown option.
+    ValueError: an argument has the wrong shape or dtype, a box that is not
+      traced lies outside the grid, or an option is unknown.
   """
   features, masks, boxes = map(jnp.asarray, (features, masks, boxes))
   check_pooling(features, boxes, output_size)
-  _check_masks(features, masks)
-  if masks.shape[0] != boxes.shape[0]:
-    raise ValueError(
-      f"masks, boxes: found {masks.shape[0]} masks and {boxes.shape[0]} boxes,"
-      " wanted one of each per proposal"
-    )
+  check_masks(features, masks, boxes)
   if compensation not in COMPENSATIONS:
     raise ValueError(
       f"compensation: found {compensation!r}, wanted one of {COMPENSATIONS}"
@@ -71,10 +84,18 @@ def moi_pool(
       f" {IMPLEMENTATIONS}"
     )
   output_size = tuple(output_size)
-  max_pool = (
-    reference.max_pool if implementation == "reference" else vjp.max_pool
-  )
-  pooled = max_pool(features, masks, boxes, output_size)
+  if implementation == "reference":
+    pooled = reference.max_pool(features, masks, boxes, output_size)
+  else:
+    pooled = vjp.max_pool(
+      features,
+      masks,
+      boxes,
+      output_size,
+      implementation=implementation or "xla",
+      deterministic=deterministic,
+      interpret=interpret,
+    )
   if compensation is None:
     return pooled
 
@@ -113,7 +134,7 @@ def masked_average(features: jax.Array, masks: jax.Array) -> jax.Array:
   """
   features, masks = jnp.asarray(features), jnp.asarray(masks)
   _check_features(features)
-  _check_masks(features, masks, weights=True)
+  _check_grid(features, masks, weights=True)
   weights = masks.reshape(masks.shape[0], -1).astype(jnp.float32)
   total = jnp.matmul(
     weights,
@@ -142,6 +163,16 @@ def check_pooling(
     raise ValueError(
       f"output_size: found {output_size}, wanted two positive integers"
     )
+  if not isinstance(boxes, jax.core.Tracer):
+    height, width = features.shape[:2]
+    y0, x0, y1, x1 = jnp.moveaxis(boxes, -1, 0)
+    outside = (y0 >= height) | (x0 >= width) | (y1 < 0) | (x1 < 0)
+    if outside.any():
+      p = int(jnp.argmax(outside))
+      raise ValueError(
+        f"boxes: box {p} is {boxes[p].tolist()}, outside the grid of {height} x"
+        f" {width} cells; wanted (y0, x0, y1, x1) in cells, see grid_boxes"
+      )
 
 
 def _check_features(features):
@@ -152,7 +183,19 @@ def _check_features(features):
     )
 
 
-def _check_masks(features, masks, *, weights=False):
+def check_masks(
+  features: jax.Array, masks: jax.Array, boxes: jax.Array
+) -> None:
+  """Raises ValueError unless there is a mask on the grid for each box."""
+  _check_grid(features, masks)
+  if masks.shape[0] != boxes.shape[0]:
+    raise ValueError(
+      f"masks, boxes: found {masks.shape[0]} masks and {boxes.shape[0]} boxes,"
+      " wanted one of each per proposal"
+    )
+
+
+def _check_grid(features, masks, *, weights=False):
   is_float = jnp.issubdtype(masks.dtype, jnp.floating)
   if (
     masks.ndim != 3

@@ -45,6 +45,7 @@ def max_pool(
     # The first of equal maxima in row order, so that it alone gets a gradient.
     first = jnp.argmax(jnp.where(cells, flat, -jnp.inf), axis=2, keepdims=True)
     pooled = jnp.take_along_axis(flat, first, axis=2)[:, :, 0]
-    return jnp.where(jnp.any(cells, axis=2), pooled, 0)
+    empty = ~jnp.any(cells, axis=2) | (pooled == -jnp.inf)
+    return jnp.where(empty, 0, pooled)
 
   return lax.map(pool, (masks, boxes))

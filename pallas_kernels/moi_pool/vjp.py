@@ -1,27 +1,73 @@
-"""MoIPool's max-pooling with its gradient.
+"""MoIPool's max-pooling with its gradient, by any of the implementations.
 
-The argmax is computed only where a gradient is asked for.
+Forward-mode differentiation is not defined. The argmax is computed, and kept
+for the backward pass, only where a gradient is asked for.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.moi_pool import xla
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def max_pool(
   features: jax.Array,
   masks: jax.Array | None,
   boxes: jax.Array,
   output_size: tuple[int, int],
+  *,
+  implementation: str = "xla",
+  deterministic: bool = False,
+  interpret: bool = False,
 ) -> jax.Array:
   """As `reference.max_pool`; `masks` None means a full mask."""
-  return _zero_empty(xla.pooled_max(features, masks, boxes, output_size))
+  how = _How(output_size, implementation, deterministic, interpret)
+  return _max_pool(features, masks, boxes, how)
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+  """The options of `api.moi_pool` that are no arrays."""
+
+  output_size: tuple[int, int]
+  implementation: str
+  deterministic: bool
+  interpret: bool
+
+  @property
+  def kernels(self) -> types.ModuleType:
+    """The module of the implementation."""
+    # Late: importing Pallas takes long, and Mosaic GPU needs absl.
+    match self.implementation:
+      case "pallas_tpu":
+        from pallas_kernels.moi_pool import pallas_tpu as kernels
+      case "pallas_triton":
+        from pallas_kernels.moi_pool import pallas_triton as kernels
+      case "pallas_mosaic_gpu":
+        from pallas_kernels.moi_pool import pallas_mosaic_gpu as kernels
+      case "xla":
+        kernels = xla
+    return kernels
+
+  @property
+  def options(self) -> dict[str, bool]:
+    """What emulation adds to the arguments of a kernel."""
+    return {"interpret": True} if self.interpret else {}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _max_pool(features, masks, boxes, how):
+  pooled = how.kernels.pooled_max(
+    features, masks, boxes, how.output_size, **how.options
+  )
+  return _zero_empty(pooled)
 
 
 def _zero_empty(pooled):
@@ -29,29 +75,32 @@ def _zero_empty(pooled):
   return jnp.where(pooled == -jnp.inf, 0, pooled)
 
 
-def _forward(features, masks, boxes, output_size):
-  pooled = xla.pooled_max(features, masks, boxes, output_size)
-  cells = xla.argmax_cells(features, masks, boxes, pooled)
+def _forward(features, masks, boxes, how):
+  pooled, cells = how.kernels.pooled_argmax(
+    features, masks, boxes, how.output_size, **how.options
+  )
   # No bytes, but the shape of the grid.
-  return _zero_empty(pooled), (cells, features[:, :, :0])
+  return _zero_empty(pooled), (cells, boxes, features[:, :, :0])
 
 
-def _backward(output_size, residuals, gradient):
-  """Adds each gradient to the cell and channel that it came from."""
-  del output_size
-  cells, (height, width, _) = residuals[0], residuals[1].shape
-  channels = gradient.shape[-1]
-  index = cells.astype(jnp.int32) * channels + jnp.arange(channels)
-  total = jnp.zeros(height * width * channels, jnp.float32)
-  # "drop": empty bins carry an index past the end.
-  total = total.at[index.reshape(-1)].add(
-    gradient.reshape(-1).astype(jnp.float32), mode="drop"
-  )
-  return (
-    total.reshape(height, width, channels).astype(gradient.dtype),
-    None,
-    None,
-  )
+def _backward(how, residuals, gradient):
+  cells, boxes, shape_of_grid = residuals
+  grid_size = shape_of_grid.shape[:2]
+  if how.implementation == "pallas_tpu":
+    total = how.kernels.add_gradient(
+      gradient, cells, boxes, grid_size, **how.options
+    )
+  elif how.deterministic:
+    floats, integers = (
+      functools.partial(add, grid_size=grid_size)
+      for add in (xla.add_gradient, xla.add_gradient_in_integers)
+    )
+    total = lax.platform_dependent(
+      gradient, cells, cuda=integers, rocm=integers, default=floats
+    )
+  else:
+    total = xla.add_gradient(gradient, cells, grid_size)
+  return total.astype(gradient.dtype), None, None
 
 
-max_pool.defvjp(_forward, _backward)
+_max_pool.defvjp(_forward, _backward)

@@ -44,15 +44,32 @@ def test_bin_edges_of_the_known_box():
   np.testing.assert_array_equal(right[0], [3, 5, 7, 9, 11, 13, 14])
 
 
-@pytest.mark.parametrize("extent", [1, 6, 57, 114, 121, 228])
-def test_bin_edges_end_with_the_box(extent):
-  boxes = jnp.array([[3, 0, 3 + extent - 1, 0]])
-  _, bottom, _, _ = grid.bin_edges(
-    boxes, output_size=(7, 7), grid_size=(300, 1)
+@pytest.mark.parametrize("bins", [1, 3, 7, 14])
+def test_bin_edges_round_as_roi_pool_does(bins):
+  extent = np.arange(1, 300)
+  boxes = np.stack([0 * extent, 0 * extent, extent - 1, 0 * extent], axis=1)
+  top, bottom, _, _ = grid.bin_edges(
+    jnp.asarray(boxes), output_size=(bins, 1), grid_size=(301, 1)
   )
-  expected = [3 + math.ceil(extent * (u + 1) / 7) for u in range(7)]
-  np.testing.assert_array_equal(bottom[0], expected)
-  assert bottom[0, -1] == 3 + extent
+  size = extent.astype(np.float32)[:, None] / np.float32(bins)
+  u = np.arange(bins, dtype=np.float32)
+  np.testing.assert_array_equal(top, np.floor(u * size))
+  np.testing.assert_array_equal(bottom, np.ceil((u + 1) * size))
+  past = extent[np.asarray(bottom)[:, -1] > extent]
+  if bins == 7:
+    assert past[:3].tolist() == [57, 114, 121]
+
+
+def test_bin_edges_of_very_large_boxes_are_exact():
+  extent = 57 * 2**5  # as a float32 its seventh rounds up, too
+  assert np.ceil(np.float32(7) * (np.float32(extent) / np.float32(7))) > extent
+  boxes = jnp.array([[0, 0, extent - 1, 0]])
+  top, bottom, _, _ = grid.bin_edges(
+    boxes, output_size=(7, 1), grid_size=(5000, 1)
+  )
+  u = np.arange(7)
+  np.testing.assert_array_equal(top[0], extent * u // 7)
+  np.testing.assert_array_equal(bottom[0], -(-extent * (u + 1) // 7))
 
 
 def test_bin_edges_outside_the_grid_are_empty():

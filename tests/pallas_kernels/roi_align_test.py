@@ -1,5 +1,7 @@
 """RoIAlign against a loop over its sample points."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,13 +36,15 @@ def _loop(features, boxes, stride, output_size, ratio):
       (y1 - y0) / output_size[0],
       (x1 - x0) / output_size[1],
     )
+    rows = ratio or math.ceil(bin_height)
+    columns = ratio or math.ceil(bin_width)
     for u in range(output_size[0]):
       for v in range(output_size[1]):
-        for m in range(ratio):
-          for n in range(ratio):
-            y = y0 + (u + (m + 0.5) / ratio) * bin_height
-            x = x0 + (v + (n + 0.5) / ratio) * bin_width
-            out[p, u, v] += _sample(features, y, x) / ratio**2
+        for m in range(rows):
+          for n in range(columns):
+            y = y0 + (u + (m + 0.5) / rows) * bin_height
+            x = x0 + (v + (n + 0.5) / columns) * bin_width
+            out[p, u, v] += _sample(features, y, x) / (rows * columns)
   return out
 
 
@@ -54,7 +58,7 @@ def _case(proposals=10):
 
 
 @pytest.mark.parametrize("output_size", [(7, 7), (2, 5)])
-@pytest.mark.parametrize("ratio", [1, 2, 3])
+@pytest.mark.parametrize("ratio", [1, 2, 3, None])
 def test_equals_the_loop(output_size, ratio):
   features, boxes = _case()
   got = roi_align(
@@ -76,11 +80,38 @@ def test_a_ramp_gives_the_bin_centres():
   np.testing.assert_allclose(got[0, 0, :, 1], [16, 24, 32, 40, 48], rtol=1e-6)
 
 
+@pytest.mark.parametrize("aligned_ratio", [2, None])
+def test_equals_torchvision(aligned_ratio):
+  torch = pytest.importorskip("torch", reason="the extra 'bench' has it")
+  ops = pytest.importorskip("torchvision.ops")
+  features, boxes = _case(30)
+  boxes[1] = 8, 8, 8, 30  # no height
+  image = torch.from_numpy(features.transpose(2, 0, 1)[None].copy())
+  rois = np.concatenate([np.zeros((30, 1)), boxes[:, [1, 0, 3, 2]]], 1)
+  expected = ops.roi_align(
+    image,
+    torch.from_numpy(rois.astype("f")),
+    (4, 3),
+    spatial_scale=1 / 8,
+    sampling_ratio=aligned_ratio or -1,
+    aligned=True,
+  )
+  got = roi_align(
+    features, boxes, stride=8, output_size=(4, 3), sampling_ratio=aligned_ratio
+  )
+  np.testing.assert_allclose(
+    got, expected.numpy().transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize("ratio", [2, None])
 @pytest.mark.parametrize("proposals", [1, 10])
-def test_gradient(proposals):
+def test_gradient(proposals, ratio):
   features, boxes = _case(proposals)
   check_grads(
-    lambda f: roi_align(f, boxes, stride=8, output_size=(3, 2)),
+    lambda f: roi_align(
+      f, boxes, stride=8, output_size=(3, 2), sampling_ratio=ratio
+    ),
     (jnp.asarray(features),),
     order=1,
     modes=["rev"],

@@ -10,9 +10,13 @@ from jax.test_util import check_grads
 
 import pallas_kernels
 from pallas_kernels.moi_pool import xla
-from tests.pallas_kernels.moi_pool.pooling_cases import loop_pool, random_case
+from tests.pallas_kernels.moi_pool.pooling_cases import (
+  loop_pool,
+  random_case,
+  unusual_case,
+)
 
-IMPLEMENTATIONS = ["reference", "xla"]
+IMPLEMENTATIONS = ["reference", "xla"]  # kernels_test.py has the kernels
 
 available_bins = jax.jit(
   pallas_kernels.available_bins, static_argnames="output_size"
@@ -103,13 +107,25 @@ def test_gradient_equals_finite_differences(pool):
 @pytest.mark.parametrize("cells", [255, 256, 65_536])
 def test_argmax_type_holds_the_last_cell_and_the_mark(cells):
   features = jnp.arange(cells, dtype=jnp.float32).reshape(1, cells, 1)
-  boxes = jnp.array([[0, 0, 0, cells - 1], [2, 0, 2, 0]])
-  pooled = jnp.array([cells - 1.0, -jnp.inf]).reshape(2, 1, 1, 1)
-  # Two columns per bin keep the walk short: look only at the last cell.
-  boxes = boxes.at[0, 1].set(cells - 2)
-  got = xla.argmax_cells(features, None, boxes, pooled)
+  # The last two cells, and a box outside.
+  boxes = jnp.array([[0, cells - 2, 0, cells - 1], [2, 0, 2, 0]])
+  _, got = xla.pooled_argmax(features, None, boxes, (1, 1))
   np.testing.assert_array_equal(got.ravel(), [cells - 1, cells])
   assert got.dtype == {255: "uint8", 256: "uint16", 65_536: "uint32"}[cells]
+
+
+def test_nan_and_infinities(pool):
+  features, masks, boxes = unusual_case()
+  got, pullback = jax.vjp(
+    lambda f: pool(f, masks, boxes, output_size=(2, 3)), jnp.asarray(features)
+  )
+  expected, argmax = loop_pool(features, masks, boxes, (2, 3))
+  np.testing.assert_array_equal(got, expected)
+  (gradient,) = pullback(jnp.ones_like(got))
+  counts = np.zeros((9 * 13, 3))
+  *_, c = np.nonzero(argmax >= 0)
+  np.add.at(counts, (argmax[argmax >= 0], c), 1)
+  np.testing.assert_array_equal(gradient.reshape(-1, 3), counts)
 
 
 def test_no_proposals(pool):
@@ -296,6 +312,10 @@ def test_available_bins_are_the_bins_that_are_pooled():
     ({"masks": jnp.zeros((3, 4, 5), bool)}, r"masks.*\[3, 4, 5\]"),
     ({"masks": jnp.zeros((2, 4, 4), bool)}, "2 masks and 3 boxes"),
     ({"boxes": jnp.zeros((3, 4))}, "boxes.*float32.*grid_boxes"),
+    (
+      {"boxes": jnp.array([[0, 0, 9, 9], [1, 4, 1, 5], [0, 0, 1, 1]])},
+      "box 1 is",
+    ),
     ({"output_size": (7, 0)}, "output_size"),
     ({"compensation": "sum"}, "compensation.*'sum'"),
     ({"implementation": "cuda"}, "implementation.*'cuda'"),
@@ -308,11 +328,12 @@ def test_bad_arguments(change, message):
     "boxes": jnp.zeros((3, 4), jnp.int32),
   }
   with pytest.raises(ValueError, match=message):
-    moi_pool(**(arguments | change))
+    pallas_kernels.moi_pool(**(arguments | change))
 
 
 def test_numpy_arguments_without_jit():
   features, masks, boxes = random_case(13)
+  boxes = np.clip(boxes, 0, 8)
   got = pallas_kernels.moi_pool(
     features, masks, boxes, output_size=(3, 3), compensation=None
   )
