@@ -163,6 +163,7 @@ def test_tpu_kernels_have_no_races():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 def test_lowers_for_its_device(
   implementation, platform, target, dtype, channels, grid
 ):
