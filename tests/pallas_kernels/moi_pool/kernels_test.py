@@ -4,6 +4,7 @@ Emulation shows that the numbers are right; lowering that the compiler's front
 end takes the kernel. `benchmarks/compile_kernels.py` goes on to machine code.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -181,12 +182,18 @@ def test_lowers_for_its_device(
     jax.ShapeDtypeStruct((1000, *grid), bool),
     jax.ShapeDtypeStruct((1000, 4), jnp.int32),
   )
-  lowered = (
-    jax.jit(value_and_pullback)
-    .trace(*shapes)
-    .lower(lowering_platforms=(platform,))
-    .as_text()
+  traced = jax.jit(value_and_pullback).trace
+  # Newer jax asks what GPU it lowers for.
+  gpu = jax.sharding.AbstractDevice(
+    "NVIDIA H100", num_cores=None, platform="gpu"
   )
+  mesh = jax.sharding.AbstractMesh((), (), abstract_device=gpu)
+  with (
+    jax.sharding.use_abstract_mesh(mesh)
+    if platform == "cuda"
+    else contextlib.nullcontext()
+  ):
+    lowered = traced(*shapes).lower(lowering_platforms=(platform,)).as_text()
   assert target in lowered
 
 
