@@ -14,6 +14,7 @@ import shlex
 import sys
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 from absl import logging
@@ -363,6 +364,7 @@ def run_evaluation(
   """Evaluates the last checkpoint: table, metrics.json and pictures."""
   model = build.build_model(config, data.categories)
   step, variables = checkpoints.restore_variables(workdir / "checkpoints")
+  variables = jax.device_put(variables)  # once, not with every batch
   args = config, workdir, model, variables, data, store
   calibration = _calibrate(*args)
   folder_ = workdir / "evaluation"
@@ -447,6 +449,7 @@ def predict_folder(
   store = stores.open_store(path)
   model = build.build_model(config, categories)
   step, variables = checkpoints.restore_variables(workdir / "checkpoints")
+  variables = jax.device_put(variables)  # once, not with every batch
   if config.evaluation.calibrate:
     calibration = load_calibration(
       workdir / "calibration.json",

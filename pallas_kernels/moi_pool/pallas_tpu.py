@@ -30,11 +30,6 @@ VMEM_BYTES = 60 * 2**20
 BITS = 32  # of a word of the masks
 
 
-def supports(grid_size: tuple[int, int]) -> bool:
-  """Whether the features of 128 channels fit into VMEM."""
-  return grid_size[0] * grid_size[1] * LANES * 4 <= BLOCK_BYTES // 2
-
-
 def pooled_max(
   features: jax.Array,
   masks: jax.Array | None,

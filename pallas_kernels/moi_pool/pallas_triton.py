@@ -58,12 +58,11 @@ def _pool(features, masks, boxes, output_size, with_cells, interpret):
   edges = grid.bin_edges(
     boxes, output_size=output_size, grid_size=(height, width)
   )
-  if masks is None:
+  is_full = masks is None
+  if is_full:
     masks = jnp.ones((1, 1), jnp.uint8)  # not looked at
-    is_full = True
   else:
     masks = masks.reshape(len(boxes), height * width).astype(jnp.uint8)
-    is_full = False
   block = min(CHANNELS, pl.next_power_of_2(channels))
   pooled = pl.pallas_call(
     functools.partial(
