@@ -118,6 +118,10 @@ def jax_operators(features, masks, boxes, dtype):
     )
     for name in BY_DEVICE[jax.default_backend()]
   }
+  if jax.default_backend() == "gpu":
+    pools["moi_pool deterministic"] = functools.partial(
+      pk.moi_pool, compensation=None, deterministic=True
+    )
   pools["roi_pool"] = lambda f, m, b: pk.roi_pool(f, b)
   pools["roi_align"] = lambda f, m, b: pk.roi_align(f, b, stride=1)
   operators = {}

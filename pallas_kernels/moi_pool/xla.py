@@ -175,7 +175,7 @@ def _by_chunks(pool, results, features, masks, boxes):
   flat = features.reshape(height * width, channels)
   flat = jnp.concatenate([flat, nothing])
 
-  def one_chunk(size, walks, flat, i, results):
+  def one_chunk(size, walks, flat, i, bits_so_far):
     # The last chunk may begin in the one before, and do a part of it again.
     start = jnp.minimum(i * size, num_proposals - size)
     top, bottom, left, right, columns, steps, masks = jax.tree.map(
@@ -198,25 +198,49 @@ def _by_chunks(pool, results, features, masks, boxes):
     found = pool(flat, cells, jnp.max(steps), shape)
     return tuple(
       lax.dynamic_update_slice_in_dim(
-        whole, part.reshape(size, *output_size, channels), start, 0
+        whole,
+        _bits(part.reshape(size, *output_size, channels).astype(r.dtype)),
+        start,
+        0,
       )
-      for whole, part in zip(results, found, strict=True)
+      for whole, part, r in zip(bits_so_far, found, results, strict=True)
     )
 
-  def all_chunks(size, walks, flat):
+  def all_chunks(size, dtype, walks, flat):
     return lax.fori_loop(
       0,
       -(-num_proposals // size),
-      functools.partial(one_chunk, size, walks, flat),
-      tuple(jnp.zeros(r.shape, r.dtype) for r in results),
+      functools.partial(one_chunk, size, walks, flat.astype(dtype)),
+      tuple(_bits(jnp.zeros(r.shape, r.dtype)) for r in results),
     )
 
-  return lax.platform_dependent(
+  # CPUs have no bfloat16: XLA would convert all features for each chunk.
+  wide = jnp.promote_types(features.dtype, jnp.float32)
+  found = lax.platform_dependent(
     walks,
     flat,
-    cpu=functools.partial(all_chunks, 1),
-    default=functools.partial(all_chunks, min(CHUNK, num_proposals)),
+    cpu=functools.partial(all_chunks, 1, wide),
+    default=functools.partial(
+      all_chunks, min(CHUNK, num_proposals), features.dtype
+    ),
   )
+  return tuple(
+    whole
+    if whole.dtype == r.dtype
+    else lax.bitcast_convert_type(whole, r.dtype)
+    for whole, r in zip(found, results, strict=True)
+  )
+
+
+def _bits(values):
+  """16-bit floats as integers.
+
+  When a CPU writes a chunk into an array of such floats, XLA would widen the
+  whole array each time.
+  """
+  if values.dtype in (jnp.bfloat16, jnp.float16):
+    return lax.bitcast_convert_type(values, jnp.uint16)
+  return values
 
 
 def _forwards(flat, cells, steps, shape):

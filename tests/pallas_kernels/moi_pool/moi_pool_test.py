@@ -104,6 +104,19 @@ def test_gradient_equals_finite_differences(pool):
   )
 
 
+def test_rematerialised(pool):
+  features, masks, boxes = random_case(2)
+
+  def loss(features):
+    pooled = pool(features, masks, boxes, output_size=(3, 4))
+    return jnp.sum(jnp.sin(pooled))  # its gradient needs the pooled values
+
+  kept = jax.value_and_grad(loss)(features)
+  computed_again = jax.jit(jax.value_and_grad(jax.checkpoint(loss)))(features)
+  for again, once in zip(computed_again, kept, strict=True):
+    np.testing.assert_allclose(again, once, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("cells", [255, 256, 65_536])
 def test_argmax_type_holds_the_last_cell_and_the_mark(cells):
   features = jnp.arange(cells, dtype=jnp.float32).reshape(1, cells, 1)
