@@ -10,8 +10,8 @@ import ml_collections
 import optax
 from absl import logging
 
+from jtsm_jax.backbones import efficientnet_lite, pretrained, resnet_ws
 from jtsm_jax.data.prepared import RecordSource
-from jtsm_jax.models import efficientnet_lite, pretrained, resnet_ws
 from jtsm_jax.models.features import FeatureExtractor
 from jtsm_jax.models.instance_branch import InstanceBranch
 from jtsm_jax.models.jtsm import JTSM

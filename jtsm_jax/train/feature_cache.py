@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jtsm_jax.backbones.pretrained import weights_hash
 from jtsm_jax.data.pipeline import images_on_canvas
 from jtsm_jax.data.prepared import RecordSource
 from jtsm_jax.data.sampling import BatchPlan
 from jtsm_jax.models.jtsm import JTSM
-from jtsm_jax.models.pretrained import weights_hash
 from jtsm_jax.types import Batch
 
 DTYPE = np.dtype(np.float16)

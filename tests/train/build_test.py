@@ -10,7 +10,7 @@ import pytest
 
 import configs
 from configs import base
-from jtsm_jax.models.resnet_ws import ResNetWS
+from jtsm_jax.backbones.resnet_ws import ResNetWS
 from jtsm_jax.train import build
 from jtsm_jax.types import Batch, Categories, Category, InputError
 

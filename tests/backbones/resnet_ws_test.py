@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jtsm_jax.models import resnet_ws
+from jtsm_jax.backbones import resnet_ws
 
 
 def _variables(model, *, seed=0):

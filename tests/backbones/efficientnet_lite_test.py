@@ -11,8 +11,8 @@ import pytest
 from jax import lax
 from jax.test_util import check_grads
 
-from jtsm_jax.models import efficientnet_lite
-from jtsm_jax.models.efficientnet_lite import EfficientNetLite0
+from jtsm_jax.backbones import efficientnet_lite
+from jtsm_jax.backbones.efficientnet_lite import EfficientNetLite0
 
 
 @pytest.fixture(scope="module")

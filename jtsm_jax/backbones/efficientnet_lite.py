@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jtsm_jax.models.frozen_norm import FrozenNorm
+from jtsm_jax.backbones.frozen_norm import FrozenNorm
 from jtsm_jax.types import Array
 
 BATCH_NORM_EPSILON = 1e-3

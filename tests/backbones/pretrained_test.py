@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jtsm_jax.models import efficientnet_lite, pretrained
+from jtsm_jax.backbones import efficientnet_lite, pretrained
 from jtsm_jax.types import InputError
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jtsm_jax.models.frozen_norm import FrozenNorm
+from jtsm_jax.backbones.frozen_norm import FrozenNorm
 from jtsm_jax.types import Array
 
 PIXEL_MEAN = (122.7717, 115.9465, 102.9801)

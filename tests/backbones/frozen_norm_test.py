@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jtsm_jax.models.frozen_norm import FrozenNorm
+from jtsm_jax.backbones.frozen_norm import FrozenNorm
 
 
 @pytest.mark.parametrize(

