@@ -40,7 +40,7 @@ from jtsm_jax.evaluation.predict import (
   predict,
 )
 from jtsm_jax.proposals import store as stores
-from jtsm_jax.proposals.generate import ProposalSettings
+from jtsm_jax.proposals.generate import ProposalSettings, preset_settings
 from jtsm_jax.reporting import stages
 from jtsm_jax.reporting.visualize import overlay_panoptic, write_image
 from jtsm_jax.train import build, checkpoints
@@ -233,7 +233,8 @@ def _propose(config, source, path) -> None:
 
 def proposal_settings(config: Config) -> ProposalSettings:
   """`config.proposals` as plain settings."""
-  return ProposalSettings(
+  return preset_settings(
+    config.proposals.preset,
     num_superpixels=config.proposals.num_superpixels,
     max_proposals=config.proposals.max_proposals,
     max_side=config.proposals.max_side,

@@ -5,17 +5,30 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
 
-from jtsm_jax.proposals import candidates as candidates_lib
-from jtsm_jax.proposals import hierarchy, ranking
-from jtsm_jax.proposals import superpixels as superpixels_lib
+from jtsm_jax.proposals import diversity, ranking
+from jtsm_jax.proposals.candidates import Candidates, make_candidates
+from jtsm_jax.proposals.cues import compute_cues
+from jtsm_jax.proposals.deep_features import deep_features
+from jtsm_jax.proposals.hierarchies import build_hierarchies
+from jtsm_jax.proposals.region_graph import (
+  RegionGraph,
+  build_region_graph,
+  superpixel_boxes,
+)
+from jtsm_jax.proposals.superpixels import make_superpixels
 from jtsm_jax.types import InputError, Proposals
 
-VERSION = "1"
+VERSION = "2"
 """Part of a store's key: raise it when a change alters what is proposed."""
+
+MIN_SUPERPIXELS = 600
+"""A small image gets so many, where it has them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,26 +36,36 @@ class ProposalSettings:
   """Everything that the proposals of an image depend on, besides `VERSION`.
 
   Attributes:
-    num_superpixels: at most so many per image.
     max_proposals: at most so many per image.
     max_side: a longer image is computed at this longest side, in pixels.
+    num_superpixels: at most so many per image.
+    pixels_per_superpixel: on average, but at least `MIN_SUPERPIXELS` are made.
+    network: use the features of an ImageNet classifier.
     pair_merges: pairs of regions come from so many last merges of each tree.
+    ranker: see `ranking.score`.
+    choose_among: diverse ones are chosen among the best so many candidates.
     large_share: a superpixel with this share of the image or more is always a
       proposal by itself: a plain sky, a wall.
   """
 
-  num_superpixels: int = 300
-  max_proposals: int = 400
-  max_side: int = 500
-  pair_merges: int = candidates_lib.PAIR_MERGES
+  max_proposals: int = 2000
+  max_side: int = 640
+  num_superpixels: int = 1600
+  pixels_per_superpixel: int = 200
+  network: bool = True
+  pair_merges: int = 200
+  ranker: str = "quality"
+  choose_among: int = 8000
   large_share: float = 0.05
 
   def __post_init__(self):
     limits = dict(
-      num_superpixels=(1, 65535),  # the store's superpixel maps are uint16
-      max_proposals=(1, 100_000),
+      max_proposals=(1, 4000),
       max_side=(16, 4096),
+      num_superpixels=(1, 65535),  # the store's superpixel maps are uint16
+      pixels_per_superpixel=(1, 1_000_000),
       pair_merges=(0, 65535),
+      choose_among=(self.max_proposals, 1_000_000),
       large_share=(0.0, 1.0),
     )
     for name, (low, high) in limits.items():
@@ -51,6 +74,44 @@ class ProposalSettings:
         raise InputError(
           f"ProposalSettings.{name} is {value}; set it to {low} .. {high}."
         )
+    rankers = (*ranking.FITTED, ranking.UNFITTED)
+    if self.ranker not in rankers:
+      raise InputError(
+        f"ProposalSettings.ranker is {self.ranker!r}; wanted one of {rankers}."
+      )
+    if self.ranker == "quality" and not self.network:
+      raise InputError(
+        'ProposalSettings.ranker "quality" needs network=True; set ranker to'
+        ' "fast".'
+      )
+
+
+PRESETS = {
+  "quality": ProposalSettings(),
+  "fast": ProposalSettings(
+    max_side=500,
+    choose_among=6000,
+    pixels_per_superpixel=300,
+    network=False,
+    pair_merges=150,
+    ranker="fast",
+  ),
+  "unfitted": ProposalSettings(ranker="unfitted"),
+}
+"""No constant of "unfitted" was fitted to masks; see `ranking`."""
+
+
+def preset_settings(preset: str, **changes: Any) -> ProposalSettings:
+  """The settings of a preset, with some of them changed.
+
+  Raises:
+    InputError: there is no such preset, or a value is out of its range.
+  """
+  if preset not in PRESETS:
+    raise InputError(
+      f"proposal preset {preset!r} is unknown; wanted one of {[*PRESETS]}."
+    )
+  return dataclasses.replace(PRESETS[preset], **changes)
 
 
 def settings_key(settings: ProposalSettings) -> str:
@@ -60,55 +121,104 @@ def settings_key(settings: ProposalSettings) -> str:
 
 
 def generate_proposals(
-  image: np.ndarray, *, settings: ProposalSettings | None = None
+  image: np.ndarray,
+  *,
+  preset: str = "quality",
+  max_proposals: int = 2000,
 ) -> Proposals:
-  """Proposes segments for things and stuff, without any learning.
+  """Proposes segments for things and stuff.
 
   Args:
     image: [H, W, 3] uint8 RGB, at least one pixel.
-    settings: `ProposalSettings()` when None.
+    preset: "quality"; "fast", without a network and in a third of the time; or
+      "unfitted", as "quality" but with a ranking that no mask has taught.
+    max_proposals: 1 .. 4,000.
 
   Returns:
-    Proposals, all distinct: 1 <= P <= max_proposals. The whole image is always
-    among them, and so are large superpixels (as far as P allows). The same
-    image and settings give the same result.
+    Proposals, all distinct and connected (they may have holes):
+    1 <= P <= max_proposals. The whole image is always among them, and so are
+    large superpixels (as far as P allows). The same image and options give the
+    same result.
 
   Raises:
     ValueError: `image` has another shape or dtype.
+    InputError: an option is unknown or out of its range.
   """
-  settings = settings or ProposalSettings()
+  return propose(image, preset_settings(preset, max_proposals=max_proposals))
+
+
+def propose(image: np.ndarray, settings: ProposalSettings) -> Proposals:
+  """As `generate_proposals`, with any settings."""
   if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
     raise ValueError(
       f"image is {image.dtype} {image.shape}; wanted uint8 [H, W, 3]."
     )
   if image.size == 0:
     raise ValueError(f"image is empty: {image.shape}.")
-  small = _shrink(image, settings.max_side)
-  cues = superpixels_lib.compute_cues(small)
-  superpixels = superpixels_lib.make_superpixels(cues, settings.num_superpixels)
-  graph = hierarchy.build_region_graph(superpixels, cues)
-  candidates = candidates_lib.make_candidates(
-    graph,
-    hierarchy.build_hierarchies(graph),
-    pair_merges=settings.pair_merges,
-  )
-  chosen = ranking.select(
-    candidates.membership,
-    graph.sizes,
-    ranking.score(candidates),
+  superpixels, graph, candidates = find_candidates(image, settings)
+  scores = ranking.score(candidates, graph.shape, ranker=settings.ranker)
+  membership = choose(candidates, graph, scores, settings)
+  return in_full_size(superpixels, membership, image.shape[:2])
+
+
+def find_candidates(
+  image: np.ndarray,
+  settings: ProposalSettings,
+  *,
+  lap: Callable[[str], None] = lambda stage: None,
+) -> tuple[np.ndarray, RegionGraph, Candidates]:
+  """The superpixels of an image, their graph, and all that is chosen from.
+
+  Args:
+    image: [H, W, 3] uint8 RGB; it is shrunk to `settings.max_side`.
+    settings: see `ProposalSettings`.
+    lap: called with the name of each stage at its end.
+  """
+  image = _shrink(image, settings.max_side)
+  cues = compute_cues(image)
+  lap("cues")
+  pixels = image.shape[0] * image.shape[1]
+  wanted = max(MIN_SUPERPIXELS, pixels // settings.pixels_per_superpixel)
+  superpixels = make_superpixels(cues, min(settings.num_superpixels, wanted))
+  lap("superpixels")
+  deep = deep_features(image, superpixels) if settings.network else None
+  lap("network")
+  graph = build_region_graph(superpixels, cues, deep)
+  trees = build_hierarchies(graph)
+  lap("trees")
+  candidates = make_candidates(graph, trees, pair_merges=settings.pair_merges)
+  lap("candidates")
+  return superpixels, graph, candidates
+
+
+def choose(
+  candidates: Candidates,
+  graph: RegionGraph,
+  scores: np.ndarray,
+  settings: ProposalSettings,
+) -> np.ndarray:
+  """The best and diverse of the candidates, best first: [P, S] bool."""
+  best = np.argsort(-scores, kind="stable")
+  best = best[: settings.choose_among]
+  membership = candidates.membership(best)
+  chosen = diversity.select(
+    scores[best],
+    diversity.find_overlaps(membership, graph.sizes),
     max_proposals=settings.max_proposals,
   )
-  membership = _with_required(
-    candidates.membership[chosen], graph.sizes, settings
-  )
-  shape = image.shape[:2]
+  return _with_required(membership[chosen], graph.sizes, settings)
+
+
+def in_full_size(
+  superpixels: np.ndarray, membership: np.ndarray, shape: tuple[int, int]
+) -> Proposals:
+  """Proposals of an image of `shape` whose superpixels may be smaller."""
   boxes = tight_boxes(superpixels, membership)
-  count = len(membership)
   return Proposals(
     superpixels=_stretch(superpixels, shape),
     membership=membership,
     boxes=_stretch_boxes(boxes, superpixels.shape, shape),
-    scores=np.linspace(1, 0, count, endpoint=False, dtype=np.float32),
+    scores=np.linspace(1, 0, len(membership), endpoint=False, dtype=np.float32),
   )
 
 
@@ -122,20 +232,13 @@ def tight_boxes(superpixels: np.ndarray, membership: np.ndarray) -> np.ndarray:
   Returns:
     [P, 4] int32 (y0, x0, y1, x1), half-open.
   """
-  count = membership.shape[1]
-  height, width = superpixels.shape
-  low = np.full((2, count), max(height, width))
-  high = np.zeros((2, count), np.int64)
-  for axis, size in enumerate((height, width)):
-    position = np.expand_dims(np.arange(size), 1 - axis)
-    position = np.broadcast_to(position, superpixels.shape).ravel()
-    np.minimum.at(low[axis], superpixels.ravel(), position)
-    np.maximum.at(high[axis], superpixels.ravel(), position + 1)
-  bounds = [
-    np.where(membership, low[axis], max(height, width)).min(1)
-    for axis in (0, 1)
-  ] + [np.where(membership, high[axis], 0).max(1) for axis in (0, 1)]
-  return np.stack(bounds, 1).astype(np.int32)
+  corners = superpixel_boxes(superpixels)
+  y0, x0 = (
+    np.where(membership, low, np.iinfo(np.int32).max).min(1)
+    for low in corners[:, :2].T
+  )
+  y1, x1 = (np.where(membership, high, 0).max(1) for high in corners[:, 2:].T)
+  return np.stack([y0, x0, y1, x1], 1).astype(np.int32)
 
 
 def _shrink(image: np.ndarray, max_side: int) -> np.ndarray:

@@ -1,5 +1,10 @@
 """How well proposals cover the true segments. Never used in training.
 
+Of each true segment the best IoU among the first n proposals is taken. Means of
+it over segments are J_i, means over classes of the means of each class J_c
+(Pont-Tuset et al., 2017); recall is the share of segments of at least some IoU,
+AR its mean over the thresholds 0.5, 0.55 .. 0.95 (COCO).
+
 Void pixels of the ground truth belong to nobody: as in panoptic quality
 (Kirillov et al., 2019), they are left out of both sides of an IoU.
 """
@@ -7,108 +12,161 @@ Void pixels of the ground truth belong to nobody: as in panoptic quality
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from jtsm_jax.types import VOID, PanopticMap, Proposals, Segment
+from jtsm_jax.types import VOID, PanopticMap, Proposals
+
+COUNTS = (100, 500, 1000, 2000, 4000)
+RECALL_AT = (0.5, 0.7, 0.85)
+AVERAGE_RECALL_AT = np.arange(0.5, 0.96, 0.05)
+SIZES = (("small", 0, 32**2), ("medium", 32**2, 96**2), ("large", 96**2, None))
+"""COCO's classes of size, in pixels of the segment."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BestIou:
-  """Best overlaps of the G true segments of one image, crowds left out.
+  """How well the proposals cover G true segments, of one image or of many.
 
   Attributes:
-    iou: [G] float64 in [0, 1].
-    category: [G] int64 class index.
+    iou: [G, len(COUNTS)] float64 in [0, 1], best among the first so many.
+    category: [G] int64, class index.
     is_thing: [G] bool.
+    area: [G] int64, pixels.
   """
 
   iou: np.ndarray
   category: np.ndarray
   is_thing: np.ndarray
+  area: np.ndarray
 
 
-def best_iou(
-  proposals: Proposals, target: PanopticMap, *, num: int | None = None
-) -> BestIou:
-  """Best IoU of each segment of `target` among the first `num` proposals.
+def best_iou(proposals: Proposals, target: PanopticMap) -> BestIou:
+  """Best IoU of each segment of `target` but crowds.
 
   Raises:
     ValueError: the two are of different size.
   """
-  return _best_among(segment_iou(proposals, target), target, num)
+  segments = [s for s in target.segments if not s.is_crowd]
+  ids = np.array([s.id for s in segments], np.int64)
+  masks = target.ids == ids[:, None, None]
+  return best_mask_iou(
+    proposals,
+    masks,
+    known=target.ids != VOID,
+    category=np.array([s.category for s in segments], np.int64),
+    is_thing=np.array([s.is_thing for s in segments], bool),
+  )
 
 
-def segment_iou(proposals: Proposals, target: PanopticMap) -> np.ndarray:
-  """IoU of every proposal with every segment, [P, G] float64; no crowds."""
-  if proposals.superpixels.shape != target.ids.shape:
+def best_mask_iou(
+  proposals: Proposals,
+  masks: np.ndarray,
+  *,
+  known: np.ndarray,
+  category: np.ndarray,
+  is_thing: np.ndarray,
+) -> BestIou:
+  """As `best_iou`, of masks that may overlap.
+
+  Args:
+    proposals: of one image.
+    masks: [G, H, W] bool.
+    known: [H, W] bool, pixels that are not void.
+    category: [G] int64.
+    is_thing: [G] bool.
+
+  Raises:
+    ValueError: masks and superpixels are of different size.
+  """
+  iou = mask_iou(proposals.superpixels, proposals.membership, masks, known)
+  return BestIou(
+    iou=np.stack([iou[:n].max(0, initial=0.0) for n in COUNTS], 1),
+    category=category,
+    is_thing=is_thing,
+    area=masks.sum((1, 2)),
+  )
+
+
+def mask_iou(
+  superpixels: np.ndarray,
+  membership: np.ndarray,
+  masks: np.ndarray,
+  known: np.ndarray,
+) -> np.ndarray:
+  """IoU of sets of superpixels with masks; unknown pixels count nowhere.
+
+  Args:
+    superpixels: [H, W] int32, ids 0 .. S-1.
+    membership: [P, S] bool.
+    masks: [G, H, W] bool.
+    known: [H, W] bool.
+
+  Returns:
+    [P, G] float64.
+
+  Raises:
+    ValueError: masks and superpixels are of different size.
+  """
+  if superpixels.shape != known.shape:
     raise ValueError(
-      f"superpixels are {proposals.superpixels.shape}, "
-      f"the target is {target.ids.shape}; wanted the same size."
+      f"superpixels are {superpixels.shape}, the target is {known.shape}; "
+      "wanted the same size."
     )
-  ids = np.array([s.id for s in _segments(target)], np.int64)
-  count = proposals.membership.shape[1]
-  labels = proposals.superpixels.ravel().astype(np.int64)
-  values, position = np.unique(target.ids, return_inverse=True)
-  table = np.bincount(  # pixels of each superpixel with each value
-    labels * len(values) + position.ravel(), minlength=count * len(values)
-  ).reshape(count, len(values))
-  counts = table @ (values[:, None] == ids)
-  member = proposals.membership.astype(np.float64)
-  inter = member @ counts
-  area = member @ table[:, values != VOID].sum(1)
+  count = membership.shape[1]
+
+  def pixels(chosen):  # of each superpixel; exact in float32 up to 16 million
+    return np.bincount(superpixels[chosen], minlength=count).astype(np.float32)
+
+  counts = [pixels(mask & known) for mask in masks]
+  counts = np.stack(counts, 1) if counts else np.zeros((count, 0), np.float32)
+  member = membership.astype(np.float32)
+  inter = (member @ counts).astype(np.float64)
+  area = (member @ pixels(known)).astype(np.float64)
   union = area[:, None] + counts.sum(0) - inter
   return inter / np.maximum(union, 1)
 
 
-def summary(
-  pairs: Iterable[tuple[Proposals, PanopticMap]],
-  *,
-  counts: Sequence[int | None] = (100, 200, 400, None),
-) -> dict[str, float]:
-  """Means over all segments of many images, things and stuff apart.
+def concatenate(results: Sequence[BestIou]) -> BestIou:
+  """The segments of many images."""
+  return BestIou(
+    *(
+      np.concatenate([getattr(r, field.name) for r in results])
+      for field in dataclasses.fields(BestIou)
+    )
+  )
 
-  Args:
-    pairs: proposals and ground truth of each image.
-    counts: how many first proposals to look at; None is all.
+
+def summary(found: BestIou) -> dict[str, dict[str, Any]]:
+  """Measures of groups of segments.
 
   Returns:
-    For kind in things, stuff and n in `counts` ("all" for None):
-    "{kind}/J@{n}", the mean best IoU (J_i), and "{kind}/recall50@{n}", the
-    share of segments with best IoU >= 0.5; also "{kind}/segments". A kind
-    without segments has NaN.
+    For "things", "stuff", "all" and, of things, "small", "medium" and "large":
+    the number of `segments`, and lists over `COUNTS` of "J_i", "J_c", "AR" and
+    "R@0.5", "R@0.7", "R@0.85". Groups without segments are left out.
   """
-  found: list[list[BestIou]] = [[] for _ in counts]
-  for proposals, target in pairs:
-    iou = segment_iou(proposals, target)
-    for results, num in zip(found, counts, strict=True):
-      results.append(_best_among(iou, target, num))
-  result = {}
-  for kind, wanted in (("things", True), ("stuff", False)):
-    for results, num in zip(found, counts, strict=True):
-      values = [r.iou[r.is_thing == wanted] for r in results]
-      iou = np.concatenate([np.zeros(0), *values])
-      name = "all" if num is None else num
-      some = len(iou) > 0
-      result[f"{kind}/J@{name}"] = float(iou.mean()) if some else np.nan
-      result[f"{kind}/recall50@{name}"] = (
-        float((iou >= 0.5).mean()) if some else np.nan
-      )
-    result[f"{kind}/segments"] = len(iou)
-  return result
+  groups = {
+    "things": found.is_thing,
+    "stuff": ~found.is_thing,
+    "all": np.ones(len(found.area), bool),
+  }
+  for name, low, high in SIZES:
+    inside = (found.area >= low) & (found.area < (high or np.inf))
+    groups[name] = found.is_thing & inside
+  return {k: _measures(found, v) for k, v in groups.items() if v.any()}
 
 
-def _segments(target: PanopticMap) -> list[Segment]:
-  return [s for s in target.segments if not s.is_crowd]
-
-
-def _best_among(
-  iou: np.ndarray, target: PanopticMap, num: int | None
-) -> BestIou:
-  segments = _segments(target)
-  return BestIou(
-    iou=iou[:num].max(0, initial=0.0),
-    category=np.array([s.category for s in segments], np.int64),
-    is_thing=np.array([s.is_thing for s in segments], bool),
+def _measures(found: BestIou, chosen: np.ndarray) -> dict[str, Any]:
+  iou, category = found.iou[chosen], found.category[chosen]
+  classes = [iou[category == c].mean(0) for c in np.unique(category)]
+  recall = {f"R@{t}": (iou >= t).mean(0).tolist() for t in RECALL_AT}
+  average = [(iou >= t - 1e-9).mean(0) for t in AVERAGE_RECALL_AT]
+  return dict(
+    segments=int(chosen.sum()),
+    J_i=iou.mean(0).tolist(),
+    J_c=np.mean(classes, 0).tolist(),
+    AR=np.mean(average, 0).tolist(),
+    **recall,
   )

@@ -1,137 +1,144 @@
-"""Order of the candidates, and a choice among near-duplicates.
+"""Order of the candidates.
 
-The weights are set by hand, in tenths: their signs are arguments, their sizes
-were looked at on generated images only, where halving or doubling any of them
-moves the mean best IoU of 400 proposals by less than 0.01. No mask of a
-photograph was used.
+A score is the logarithm of the chance, up to a constant of the image, that the
+candidate is the best one for some segment. Two kinds of rankers give it:
+
+- "unfitted": linear in a few cues, with weights set by hand in tenths. Their
+  signs are arguments; no mask of a photograph was used.
+- fitted ones, a linear term and a small network of one hidden layer, whose
+  weights `benchmarks/fit_ranking.py` found on 100 masked photographs of COCO
+  (see docs/proposals.md).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.resources
 
 import numpy as np
 
-from jtsm_jax.proposals.candidates import Candidates
+from jtsm_jax.proposals.candidates import NO_NODE, Candidates
 
-OVERLAP_LEVELS = (0.9, 0.95)
-"""The passes of `select`. A first pass at 0.8 buys recall among the first 50
-proposals and costs precision of the masks among the first 400."""
+FITTED = ("quality", "fast")  # files ranking_NAME.npz beside this one
+UNFITTED = "unfitted"
 
-BLOCK = 256  # candidates whose overlaps are computed at once
+HAND_SET = dict(
+  rank=-1.0,  # like 1 / rank, the chance that one region of `rank` is meant
+  outer_strength=1.0,
+  inner_strength=0.3,  # objects have parts, and a piece of one has less
+  roughness=-0.7,  # objects have short outlines
+  area=0.2,
+  consensus=0.3,
+  is_pair=-0.3,  # there are ten times as many pairs as nodes
+  sides_beyond_two=-0.3,
+)
+"""Weights of the ranker "unfitted" for cues of `ranking_cues`."""
+
+
+def ranking_cues(
+  candidates: Candidates, shape: tuple[int, int]
+) -> dict[str, np.ndarray]:
+  """What rankers look at: [N] float64 by name, mostly logarithms.
+
+  Args:
+    candidates: of one image.
+    shape: (H, W) of that image.
+  """
+  c = candidates
+  height, width = shape
+  y0, x0, y1, x1 = c.boxes.T.astype(np.float64)
+  is_pair = c.second != NO_NODE
+  sides = (y0 == 0) * 1.0 + (x0 == 0) + (y1 == height) + (x1 == width)
+  cues = dict(
+    area=np.log(c.area / (height * width)),
+    rank=np.log(c.rank),
+    rank_of_coarser=np.log(c.rank_of_coarser),
+    is_pair=is_pair,
+    consensus=np.log(c.consensus),
+    node_consensus=np.log1p(c.node_consensus),
+    # One pixel edge is added so that the whole image, which has no perimeter,
+    # is not infinitely smooth.
+    roughness=np.log((c.perimeter + 1) / np.sqrt(c.area)),
+    density=np.log(c.inner_length / c.area + 0.01),
+    fill=np.log(c.area / ((y1 - y0) * (x1 - x0))),
+    elongation=np.abs(np.log((y1 - y0) / (x1 - x0))),
+    height=np.log((y1 - y0) / height),
+    width=np.log((x1 - x0) / width),
+    y_centre=(y0 + y1) / (2 * height) - 0.5,
+    x_off_centre=np.abs((x0 + x1) / (2 * width) - 0.5),
+    touches_top=y0 == 0,
+    touches_bottom=y1 == height,
+    sides=sides,
+    sides_beyond_two=np.maximum(sides - 2, 0),
+    joint_strength=is_pair * np.log(c.joint_strength + 0.05),
+    joint_length=is_pair * np.log(c.joint_length / np.sqrt(c.area) + 0.05),
+    balance=c.balance,
+  )
+  for k, name in enumerate(("strength", "fine", "object", "scene")):
+    if k < c.outer.shape[1]:
+      cues[f"outer_{name}"] = np.log(c.outer[:, k] + 0.05)
+      cues[f"inner_{name}"] = np.log(c.inner[:, k] + 0.05)
+  names = ("colour", "object", "scene")
+  for name, moments in zip(names, [c.colour, *c.deep], strict=False):
+    cues[f"{name}_norm"] = np.log(np.linalg.norm(moments.mean, axis=1) + 0.05)
+    cues[f"{name}_spread"] = np.log(moments.spread + 0.05)
+    cues[f"{name}_contrast"] = np.log(moments.contrast + 0.05)
+  if c.activity is not None:
+    cues["activity"] = np.log(c.activity + 0.05)
+  return {name: np.asarray(v, np.float64) for name, v in cues.items()}
+
+
+def score(
+  candidates: Candidates, shape: tuple[int, int], *, ranker: str
+) -> np.ndarray:
+  """Scores [N] float64 of the candidates of an image; higher is better.
+
+  Args:
+    candidates: of one image.
+    shape: (H, W) of that image.
+    ranker: "unfitted", or one of `FITTED`.
+  """
+  cues = ranking_cues(candidates, shape)
+  if ranker == UNFITTED:
+    return sum(weight * cues[name] for name, weight in HAND_SET.items())
+  return fitted_weights(ranker).score(cues)
 
 
 @dataclasses.dataclass(frozen=True)
 class RankingWeights:
-  """Weights of the logarithms of the cues of a candidate.
+  """A fitted ranker of F cues and D hidden units.
 
   Attributes:
-    rank: coarse regions first. -1 makes the score fall like 1 / rank, the
-      chance that one region out of `rank` is the one that is looked for.
-    outer: contrast along the boundary, relative to the mean of the image.
-    inner: contrast within; objects have parts, and a piece of one has less.
-    roughness: perimeter / sqrt(area); objects have short outlines.
-    area: share of the image.
-    consensus: number of trees that hold the set.
-    pair: added, not a log, for a set that is no node: there are ten times as
-      many pairs as nodes.
-    borders: added for each image border touched beyond the second.
+    names: F names of `ranking_cues`.
+    mean, scale: [F], by which cues are standardised.
+    linear: [F].
+    hidden: [F, D], hidden_bias: [D], output: [D].
   """
 
-  rank: float = -1.0
-  outer: float = 1.0
-  inner: float = 0.3
-  roughness: float = -0.7
-  area: float = 0.2
-  consensus: float = 0.3
-  pair: float = -0.3
-  borders: float = -0.3
+  names: tuple[str, ...]
+  mean: np.ndarray
+  scale: np.ndarray
+  linear: np.ndarray
+  hidden: np.ndarray
+  hidden_bias: np.ndarray
+  output: np.ndarray
+
+  def score(self, cues: dict[str, np.ndarray]) -> np.ndarray:
+    """Scores [N] float64 of candidates with these cues."""
+    x = np.stack([cues[name] for name in self.names], 1)
+    x = (x - self.mean) / self.scale
+    hidden = np.tanh(x @ self.hidden + self.hidden_bias)
+    return x @ self.linear + hidden @ self.output
 
 
-def score(
-  candidates: Candidates, weights: RankingWeights | None = None
-) -> np.ndarray:
-  """Log-linear score of each candidate, [N] float64; higher is better."""
-  w = weights or RankingWeights()
-  area = candidates.area
-  share = area / area.max()  # the whole image is always a candidate
-  # One pixel edge is added so that the whole image, which has no perimeter,
-  # is neither infinitely smooth nor infinitely weak.
-  roughness = (candidates.perimeter + 1) / np.sqrt(area)
-  return (
-    w.rank * np.log(candidates.rank)
-    + w.outer * np.log(candidates.outer + 0.05)
-    + w.inner * np.log(candidates.inner + 0.05)
-    + w.roughness * np.log(roughness)
-    + w.area * np.log(share)
-    + w.consensus * np.log(candidates.consensus)
-    + w.pair * candidates.is_pair
-    + w.borders * np.maximum(candidates.borders - 2, 0)
+@functools.cache
+def fitted_weights(name: str) -> RankingWeights:
+  """Reads the weights of the fitted ranker `name`."""
+  file = importlib.resources.files(__package__) / f"ranking_{name}.npz"
+  with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+    values = {k: arrays[k] for k in arrays.files}
+  names = tuple(values.pop("names").tolist())
+  return RankingWeights(
+    names=names, **{k: v.astype(np.float64) for k, v in values.items()}
   )
-
-
-def select(
-  membership: np.ndarray,
-  sizes: np.ndarray,
-  scores: np.ndarray,
-  *,
-  max_proposals: int,
-  overlap_levels: tuple[float, ...] = OVERLAP_LEVELS,
-) -> np.ndarray:
-  """Chooses diverse candidates greedily, best first.
-
-  A pass takes, in order of score, what overlaps nothing taken so far by more
-  than its level; the next pass, with a higher level, fills up with the rest.
-
-  Args:
-    membership: [N, S] bool.
-    sizes: [S], pixels of each superpixel.
-    scores: [N], higher is better; ties go to the earlier candidate.
-    max_proposals: > 0.
-    overlap_levels: largest IoU allowed in each pass.
-
-  Returns:
-    [P] int64 indices of candidates in the order taken, P <= max_proposals.
-  """
-  order = np.argsort(-scores, kind="stable")
-  sizes = sizes.astype(np.float32)
-  area = membership.astype(np.float32) @ sizes
-  num_superpixels = membership.shape[1]
-  taken_member = np.zeros((max_proposals, num_superpixels), np.float32)
-  taken = np.zeros(max_proposals, np.int64)
-  num_taken = 0
-  for level in overlap_levels:
-    left = [order[:0]]
-    for start in range(0, len(order), BLOCK):
-      block = order[start : start + BLOCK]
-      if num_taken == max_proposals:
-        return taken
-      member = membership[block].astype(np.float32)
-      weighted = member * sizes
-      free = np.ones(len(block), bool)
-      if num_taken:
-        old = taken[:num_taken]
-        overlap = _iou(
-          weighted @ taken_member[:num_taken].T, area[block], area[old]
-        )
-        free = overlap.max(1) <= level
-      within = _iou(weighted @ member.T, area[block], area[block]) > level
-      for n in range(len(block)):
-        if not free[n]:
-          continue
-        if num_taken == max_proposals:
-          break
-        free &= ~within[n]
-        free[n] = False
-        taken_member[num_taken], taken[num_taken] = member[n], block[n]
-        num_taken += 1
-        block[n] = -1
-      left.append(block[block >= 0])
-    order = np.concatenate(left)
-  return taken[:num_taken]
-
-
-def _iou(
-  intersection: np.ndarray, rows: np.ndarray, columns: np.ndarray
-) -> np.ndarray:
-  return intersection / (rows[:, None] + columns - intersection)

@@ -11,9 +11,9 @@ every file with the final name is whole. Its last record lists its image ids.
 An image is a record of its own:
 
     magic "JTSM", header length (uint32), header (JSON: image id, version, H,
-    W, S, P), and one zlib stream of superpixels (uint16 [H, W]), membership
-    (bits, [P, ceil(S / 8)]), boxes (int32 [P, 4]), scores (float32 [P]), all
-    little-endian
+    W, S, P), and one LZMA stream of superpixels (uint16 [H, W]), membership
+    (bits, [S, ceil(P / 8)]: by superpixels it packs twice as well as by
+    proposals), boxes (int32 [P, 4]), scores (float32 [P]), all little-endian
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import dataclasses
 import fcntl
 import itertools
 import json
+import lzma
 import multiprocessing
 import os
 import pathlib
 import struct
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -45,12 +45,15 @@ from jtsm_jax.types import InputError, Proposals, Record
 MAGIC = b"JTSM"
 SHARD_SIZE = 64  # images whose work a killed run loses at most
 MAX_SUPERPIXELS = 65535
+MEMORY_LIMIT = 1 << 26  # bytes that unpacking may take, beside the result
 MAX_OPEN_SHARDS = 64  # well below the usual limit of 1024 open files
 JOBS_AHEAD = 4  # images per worker that are read before they are needed
-THREAD_VARIABLES = (
-  "OMP_NUM_THREADS",
-  "OPENBLAS_NUM_THREADS",
-  "MKL_NUM_THREADS",
+WORKER_ENVIRONMENT = dict(  # one thread for each process; GPUs stay free
+  OMP_NUM_THREADS="1",
+  OPENBLAS_NUM_THREADS="1",
+  MKL_NUM_THREADS="1",
+  JAX_PLATFORMS="cpu",
+  XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
 )
 REMEDY = "delete the folder and propose again"
 
@@ -108,7 +111,7 @@ def propose_all(
   Args:
     source: the images, with unique ids.
     path: folder of the store, see `store_path`; made if absent.
-    settings: `ProposalSettings()` when None.
+    settings: the preset "quality" when None.
     num_workers: processes, one thread each; 0 works in this process, None
       takes one per available core.
     max_bad_fraction: share of undecodable images that is tolerated; one is
@@ -119,7 +122,7 @@ def propose_all(
     InputError: too many images are undecodable, two images have one id, the
       store was made with other settings, or another process is writing it.
   """
-  settings = settings or generate.ProposalSettings()
+  settings = settings or generate.preset_settings("quality")
   if num_workers is None:
     num_workers = _available_cores()
   path = pathlib.Path(path)
@@ -243,13 +246,13 @@ def encode_proposals(image_id: str, proposals: Proposals) -> bytes:
   body = b"".join(
     [
       proposals.superpixels.astype("<u2").tobytes(),
-      np.packbits(proposals.membership, axis=1).tobytes(),
+      np.packbits(proposals.membership.T, axis=1).tobytes(),
       proposals.boxes.astype("<i4").tobytes(),
       proposals.scores.astype("<f4").tobytes(),
     ]
   )
   prefix = MAGIC + struct.pack("<I", len(header))
-  return prefix + header + zlib.compress(body)
+  return prefix + header + lzma.compress(body)
 
 
 # Reading.
@@ -270,16 +273,24 @@ def decode_proposals(data: bytes) -> tuple[str, Proposals]:
     height, width, num_superpixels, num_proposals = (
       int(header[k]) for k in ("height", "width", "superpixels", "proposals")
     )
-    body = zlib.decompress(data[end:])
-  except (KeyError, TypeError, ValueError, zlib.error) as error:
-    raise ValueError(f"header or data are damaged: {error}") from error
-  row = -(-num_superpixels // 8)
-  lengths = [2 * height * width, row * num_proposals]
-  lengths += [16 * num_proposals, 4 * num_proposals]
-  if min(height, width, num_superpixels) < 1 or num_proposals < 0:
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"the header is damaged: {error}") from error
+  if (
+    min(height, width, num_superpixels) < 1
+    or num_proposals < 0
+    or num_superpixels > MAX_SUPERPIXELS
+  ):
     raise ValueError(f"sizes are impossible: {header}")
-  if len(body) != sum(lengths):
-    raise ValueError(f"{len(body)} bytes of data, wanted {sum(lengths)}")
+  row = -(-num_proposals // 8)
+  lengths = [2 * height * width, row * num_superpixels]
+  lengths += [16 * num_proposals, 4 * num_proposals]
+  decompressor = lzma.LZMADecompressor(memlimit=MEMORY_LIMIT)
+  try:  # never more than the header promises
+    body = decompressor.decompress(data[end:], sum(lengths) + 1)
+  except lzma.LZMAError as error:
+    raise ValueError(f"the data are damaged: {error}") from error
+  if len(body) != sum(lengths) or not decompressor.eof:
+    raise ValueError(f"the data do not hold {sum(lengths)} bytes")
   stops = [0, *itertools.accumulate(lengths)]
   labels, bits, boxes, scores = (
     np.frombuffer(body[a:b], dtype)
@@ -288,11 +299,11 @@ def decode_proposals(data: bytes) -> tuple[str, Proposals]:
     )
   )
   member = np.unpackbits(
-    bits.reshape(num_proposals, row), axis=1, count=num_superpixels
-  )
+    bits.reshape(num_superpixels, row), axis=1, count=num_proposals
+  ).T
   proposals = Proposals(
     superpixels=labels.reshape(height, width).astype(np.int32),
-    membership=member.astype(bool),
+    membership=np.ascontiguousarray(member.astype(bool)),
     boxes=boxes.reshape(num_proposals, 4).astype(np.int32),
     scores=scores.astype(np.float32),
   )
@@ -416,11 +427,11 @@ def _propose(
     for image_id, data in jobs:
       yield _propose_one(image_id, data, settings)
     return
-  with _single_threaded_children():  # spawn: forking after jax can deadlock
+  with single_threaded_children():  # spawn: forking after jax can deadlock
     pool = concurrent.futures.ProcessPoolExecutor(
       num_workers,
       mp_context=multiprocessing.get_context("spawn"),
-      initializer=_start_worker,
+      initializer=start_worker,
     )
     waiting: collections.deque = collections.deque()
     try:
@@ -450,24 +461,25 @@ def _propose_one(
   except InputError as error:
     return image_id, b"", " ".join(str(error).split())
   try:
-    proposals = generate.generate_proposals(image, settings=settings)
+    proposals = generate.propose(image, settings)
     return image_id, encode_proposals(image_id, proposals), None
   except Exception as error:
     error.add_note(f"while proposing for image {image_id!r}")
     raise
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
+  """To be run first in a process that shares the cores with others."""
   import cv2
 
   cv2.setNumThreads(1)
 
 
 @contextlib.contextmanager
-def _single_threaded_children() -> Iterator[None]:
-  """Children started inside use one BLAS thread: one process per core."""
-  before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-  os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+def single_threaded_children() -> Iterator[None]:
+  """Children started inside use one thread each, and the CPU alone."""
+  before = {name: os.environ.get(name) for name in WORKER_ENVIRONMENT}
+  os.environ.update(WORKER_ENVIRONMENT)
   try:
     yield
   finally:

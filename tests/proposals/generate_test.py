@@ -103,7 +103,7 @@ def test_constant_image(value):
 def test_noise_uses_all_superpixels():
   image = np.random.default_rng(1).integers(0, 256, (100, 90, 3), np.uint8)
   settings = generate.ProposalSettings(num_superpixels=80, max_proposals=60)
-  found = generate.generate_proposals(image, settings=settings)
+  found = generate.propose(image, settings)
   check(found, (100, 90), settings)
   assert found.membership.shape == (60, 80)
 
@@ -111,7 +111,7 @@ def test_noise_uses_all_superpixels():
 @pytest.mark.parametrize("max_proposals", [1, 2, 5])
 def test_few_proposals_still_hold_the_whole_image(max_proposals):
   settings = generate.ProposalSettings(max_proposals=max_proposals)
-  found = generate.generate_proposals(scene(60)[0], settings=settings)
+  found = generate.propose(scene(60)[0], settings)
   check(found, (60, 60), settings)
 
 
@@ -119,7 +119,7 @@ def test_large_image_is_computed_small_and_returned_in_full():
   small, masks = scene(100)
   image = np.repeat(np.repeat(small, 5, 0), 7, 1)
   settings = generate.ProposalSettings(max_side=140)
-  found = generate.generate_proposals(image, settings=settings)
+  found = generate.propose(image, settings)
   check(found, (500, 700), settings)
   thinned = dataclasses.replace(
     found, superpixels=found.superpixels[2::5, 3::7]
@@ -140,7 +140,7 @@ def test_extreme_shape():
 def test_large_superpixels_are_proposals():
   """A plain ground with few superpixels: each large one stands alone."""
   settings = generate.ProposalSettings(num_superpixels=6)
-  found = generate.generate_proposals(scene(80)[0], settings=settings)
+  found = generate.propose(scene(80)[0], settings)
   sizes = np.bincount(found.superpixels.ravel())
   large = np.flatnonzero(sizes >= 0.05 * 80 * 80)
   assert len(large) >= 3

@@ -27,36 +27,88 @@ def make_case():
   return proposals, PanopticMap(ids, segments)
 
 
-def test_segment_iou_by_hand_without_void_and_crowds():
+def test_iou_by_hand_without_void():
   # Void at the top right leaves 7 pixels; segment 7 is 3 of them.
+  proposals, target = make_case()
+  found = quality.mask_iou(
+    proposals.superpixels,
+    proposals.membership,
+    np.stack([target.ids == 7, target.ids == 9]),
+    target.ids != 0,
+  )
   expected = [[3 / 7, 3 / 7], [3 / 3, 0], [2 / 3, 0]]
-  np.testing.assert_allclose(quality.segment_iou(*make_case()), expected)
+  np.testing.assert_allclose(found, expected)
 
 
-def test_best_iou_among_the_first():
-  best = quality.best_iou(*make_case(), num=1)
-  np.testing.assert_allclose(best.iou, [3 / 7, 3 / 7])
-  best = quality.best_iou(*make_case())
-  np.testing.assert_allclose(best.iou, [1, 3 / 7])
+def test_best_iou_among_the_first(monkeypatch):
+  monkeypatch.setattr(quality, "COUNTS", (1, 3))
+  best = quality.best_iou(*make_case())  # without the crowd
+  np.testing.assert_allclose(best.iou, [[3 / 7, 1], [3 / 7, 3 / 7]])
   np.testing.assert_array_equal(best.category, [0, 2])
   np.testing.assert_array_equal(best.is_thing, [True, False])
+  np.testing.assert_array_equal(best.area, [3, 3])
 
 
-def test_summary():
-  found = quality.summary([make_case(), make_case()], counts=(1, None))
-  assert found["things/segments"] == 2
-  assert found["things/J@1"] == pytest.approx(3 / 7)
-  assert found["things/J@all"] == pytest.approx(1)
-  assert found["things/recall50@1"] == 0
-  assert found["things/recall50@all"] == 1
-  assert found["stuff/J@all"] == pytest.approx(3 / 7)
+def test_masks_may_overlap():
+  proposals, _ = make_case()
+  masks = np.zeros((2, 2, 4), bool)
+  masks[0] = True
+  masks[1, 0] = True
+  best = quality.best_mask_iou(
+    proposals,
+    masks,
+    known=np.ones((2, 4), bool),
+    category=np.array([0, 0]),
+    is_thing=np.array([True, True]),
+  )
+  np.testing.assert_allclose(best.iou[:, -1], [1, 1])
 
 
-def test_summary_without_segments_is_nan():
-  proposals, target = make_case()
-  found = quality.summary([(proposals, PanopticMap(target.ids * 0, ()))])
-  assert np.isnan(found["stuff/J@100"])
-  assert found["stuff/segments"] == 0
+def segments(**columns):
+  iou = np.array(columns["iou"])[:, None] * np.ones(len(quality.COUNTS))
+  return quality.BestIou(
+    iou=iou,
+    category=np.array(columns["category"]),
+    is_thing=np.array(columns["is_thing"]),
+    area=np.array(columns["area"]),
+  )
+
+
+def test_summary_by_hand():
+  found = quality.summary(
+    segments(
+      iou=[0.4, 0.6, 0.95, 0.7, 0.2],
+      category=[0, 0, 1, 5, 5],
+      is_thing=[True, True, True, False, False],
+      area=[1023, 1024, 9216, 5, 50_000],
+    )
+  )
+  things = found["things"]
+  assert things["segments"] == 3
+  assert things["J_i"] == pytest.approx([1.95 / 3] * 5)
+  assert things["J_c"] == pytest.approx([(0.5 + 0.95) / 2] * 5)
+  assert things["R@0.5"] == pytest.approx([2 / 3] * 5)
+  assert things["R@0.7"] == pytest.approx([1 / 3] * 5)
+  # Thresholds reached of ten: none, 0.5 .. 0.6, and all.
+  assert things["AR"] == pytest.approx([(0 + 3 + 10) / 30] * 5)
+  assert found["stuff"]["J_i"] == pytest.approx([0.45] * 5)
+  assert found["all"]["segments"] == 5
+  for name, value in (("small", 0.4), ("medium", 0.6), ("large", 0.95)):
+    assert found[name]["J_i"] == pytest.approx([value] * 5)
+
+
+def test_groups_without_segments_are_left_out():
+  found = quality.summary(
+    segments(iou=[0.4], category=[0], is_thing=[True], area=[5])
+  )
+  assert set(found) == {"things", "all", "small"}
+
+
+def test_many_images_are_joined():
+  one = quality.best_iou(*make_case())
+  both = quality.concatenate([one, one])
+  assert both.iou.shape == (4, len(quality.COUNTS))
+  np.testing.assert_array_equal(both.area, [3, 3, 3, 3])
 
 
 def test_sizes_must_agree():

@@ -13,7 +13,9 @@ import pytest
 from jtsm_jax.proposals import generate, store
 from jtsm_jax.types import InputError, Proposals, Record
 
-SETTINGS = generate.ProposalSettings(num_superpixels=12, max_proposals=20)
+SETTINGS = generate.preset_settings(
+  "fast", num_superpixels=12, max_proposals=20
+)
 
 
 def png(seed):
@@ -52,9 +54,7 @@ def assert_equal(a, b):
 
 def expected(record):
   image = cv2.imdecode(np.frombuffer(record.image, np.uint8), cv2.IMREAD_COLOR)
-  return generate.generate_proposals(
-    np.ascontiguousarray(image[..., ::-1]), settings=SETTINGS
-  )
+  return generate.propose(np.ascontiguousarray(image[..., ::-1]), SETTINGS)
 
 
 def random_proposals(height=7, width=9, count=5, superpixels=11):
@@ -146,22 +146,22 @@ def test_shards_and_resume_make_only_what_is_missing(tmp_path, monkeypatch):
   monkeypatch.setattr(store, "MAX_OPEN_SHARDS", 1)
   source = make_source(7)
   calls = []
-  real = generate.generate_proposals
+  real = generate.propose
 
-  def counted(image, **options):
+  def counted(image, settings):
     if len(calls) == 5:
       raise KeyboardInterrupt
     calls.append(1)
-    return real(image, **options)
+    return real(image, settings)
 
-  monkeypatch.setattr(generate, "generate_proposals", counted)
+  monkeypatch.setattr(generate, "propose", counted)
   with pytest.raises(KeyboardInterrupt):
     propose(source, tmp_path)
   assert len(store.open_store(tmp_path)) == 5  # the interrupted shard too
 
   # What a kill leaves: a shard that was not renamed.
   (tmp_path / "proposals-00003.array_record.tmp").write_bytes(b"half")
-  monkeypatch.setattr(generate, "generate_proposals", real)
+  monkeypatch.setattr(generate, "propose", real)
   assert len(store.open_store(tmp_path)) == 5
   done = propose(source, tmp_path)
   assert (done.made, done.kept) == (2, 5)
