@@ -14,11 +14,9 @@ and in reduced size, so that no scale is learned by heart.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import json
-import multiprocessing
 import pathlib
 import sys
 
@@ -32,8 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from jtsm_jax.data.panoptic_files import read_panoptic
 from jtsm_jax.data.transforms import decode_image
-from jtsm_jax.proposals import generate, quality, ranking
-from jtsm_jax.proposals.store import single_threaded_children
+from jtsm_jax.proposals import generate, quality, ranking, workers
 from jtsm_jax.types import VOID, Categories
 
 TEMPERATURE = 0.02  # of the IoU below the best, in the targets
@@ -78,12 +75,7 @@ def main() -> None:
   check = functools.partial(best_ious, args.images, truth, settings)
   names = sorted(truth)
   views = [(scale, flip) for scale in (1.0, 0.6) for flip in (False, True)]
-  with (
-    single_threaded_children(),
-    concurrent.futures.ProcessPoolExecutor(
-      mp_context=multiprocessing.get_context("spawn")
-    ) as pool,
-  ):
+  with workers.start_processes(workers.available_cores()) as pool:
     jobs = [pool.submit(make, name, *view) for name in names for view in views]
     made = [job.result() for job in jobs]
     cue_names = made[0][0]
@@ -99,6 +91,7 @@ def main() -> None:
       report([job.result() for job in jobs])
     weights = fit(cue_names, [view for image in cases for view in image])
     np.savez_compressed(args.output, **dataclasses.asdict(weights))
+    pool.shutdown()
     print(f"fitted on all, written to {args.output}")
 
 

@@ -14,10 +14,8 @@ the rate of two processes over that of one, on the first images.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import functools
 import json
-import multiprocessing
 import os
 import pathlib
 import platform
@@ -32,7 +30,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from jtsm_jax.data.panoptic_files import read_panoptic
 from jtsm_jax.data.transforms import decode_image
-from jtsm_jax.proposals import generate, quality, ranking, store
+from jtsm_jax.proposals import (
+  generate,
+  quality,
+  ranking,
+  record_format,
+  workers,
+)
 from jtsm_jax.types import VOID, Categories, Proposals
 
 STAGES = ("cues", "superpixels", "network", "trees", "candidates", "choice")
@@ -76,17 +80,19 @@ def main() -> None:
 def measure(cases, preset):
   """All figures of one data set and one preset."""
   work = functools.partial(one_image, preset)
-  with one_thread_pool(1) as pool:
+  with workers.start_processes(1) as pool:
     pool.submit(work, cases[0]).result()
     results = list(pool.map(work, cases))
+    pool.shutdown()
   some = cases[:40]
   rates = []
   for processes in (1, 2):
-    with one_thread_pool(processes) as pool:
+    with workers.start_processes(processes) as pool:
       list(pool.map(work, [cases[0]] * (3 * processes)))  # starts them all
       start = time.monotonic()
       list(pool.map(work, some))
       rates.append(len(some) / (time.monotonic() - start))
+      pool.shutdown()
   times = np.array([r[1] for r in results])
   summary = quality.summary(quality.concatenate([r[0] for r in results]))
   return dict(
@@ -99,19 +105,6 @@ def measure(cases, preset):
     counts=quality.COUNTS,
     quality=summary,
   )
-
-
-def one_thread_pool(processes):
-  """A pool of processes of one thread each."""
-  with store.single_threaded_children():
-    pool = concurrent.futures.ProcessPoolExecutor(
-      processes,
-      mp_context=multiprocessing.get_context("spawn"),
-      initializer=store.start_worker,
-    )
-    # They start when work comes, and keep the environment of now.
-    list(pool.map(abs, range(processes)))
-  return pool
 
 
 def one_image(preset, case):
@@ -141,7 +134,7 @@ def one_image(preset, case):
     boxes=proposals.boxes[:2000],
     scores=proposals.scores[:2000],
   )
-  encoded = len(store.encode_proposals(path.stem, first))
+  encoded = len(record_format.encode_proposals(path.stem, first))
   masks, known, category, is_thing = read_truth()
   best = quality.best_mask_iou(
     proposals, masks, known=known, category=category, is_thing=is_thing

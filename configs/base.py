@@ -45,6 +45,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Segment proposals.
   c.proposals = ml_collections.ConfigDict()
   c.proposals.store = ""  # default WORKDIR/proposals
+  # Proposals from elsewhere instead: a folder of MCG or COB .mat files, or a
+  # JSON file of masks in COCO's result format (docs/proposals.md).
+  c.proposals.source = ""
   # "quality"; "fast", without a network; "unfitted", whose ranking no mask has
   # taught (docs/proposals.md). The fields below change the preset's values.
   c.proposals.preset = "quality"

@@ -39,7 +39,9 @@ from jtsm_jax.evaluation.predict import (
   learn_calibration,
   predict,
 )
+from jtsm_jax.proposals import importers
 from jtsm_jax.proposals import store as stores
+from jtsm_jax.proposals.fill_store import Maker, fill_store, generator
 from jtsm_jax.proposals.generate import ProposalSettings, preset_settings
 from jtsm_jax.reporting import stages
 from jtsm_jax.reporting.visualize import overlay_panoptic, write_image
@@ -206,29 +208,52 @@ def _source(config: Config) -> prepared.Source:
 
 
 def propose(
-  config: Config, workdir: pathlib.Path, data: PreparedData
+  config: Config,
+  workdir: pathlib.Path,
+  data: PreparedData,
+  *,
+  shard: int = 0,
+  num_shards: int = 1,
 ) -> stores.ProposalStore:
-  """Proposes segments for every image that has none, and opens the store."""
+  """Gives proposals to every image that has none, and opens the store.
+
+  Args:
+    config: see configs/base.py.
+    workdir: folder of the run.
+    data: the images.
+    shard, num_shards: only each `num_shards`-th image, from `shard` on.
+  """
   root = pathlib.Path(config.proposals.store or workdir / "proposals")
-  settings = proposal_settings(config)
+  maker = proposal_maker(config)
   # A store may serve several data sets, whose image ids may be the same.
-  path = stores.store_path(root / data.fingerprint, settings)
+  path = root / data.fingerprint / maker.key
   for source in data.splits.values():
-    known = stores.open_store(path).ids if path.is_dir() else ()
-    if not set(source.image_ids) <= set(known):
-      _propose(config, source, path)
+    _fill(config, source, path, maker, shard=shard, num_shards=num_shards)
   return stores.open_store(path)
 
 
-def _propose(config, source, path) -> None:
-  stores.propose_all(
+def _fill(config, source, path, maker, **shards) -> None:
+  fill_store(
     source,
     path,
-    settings=proposal_settings(config),
+    maker,
     num_workers=config.proposals.num_workers or None,
     max_bad_fraction=config.data.max_bad_fraction,
     report=logging.warning,
+    **shards,
   )
+
+
+def proposal_maker(config: Config) -> Maker:
+  """Where the proposals of `config.proposals` come from."""
+  settings = proposal_settings(config)
+  if config.proposals.source:
+    return importers.importer(
+      pathlib.Path(config.proposals.source),
+      max_proposals=settings.max_proposals,
+      max_superpixels=settings.num_superpixels,
+    )
+  return generator(settings)
 
 
 def proposal_settings(config: Config) -> ProposalSettings:
@@ -444,9 +469,9 @@ def predict_folder(
   categories = prepared.open_prepared(directory).categories
   source = folder.ImageFolder(images, num_classes=len(categories))
   output = workdir / "predictions" / images.resolve().name
-  settings = proposal_settings(config)
-  path = stores.store_path(output / "proposals", settings)
-  _propose(config, source, path)
+  maker = proposal_maker(config)
+  path = output / "proposals" / maker.key
+  _fill(config, source, path, maker)
   store = stores.open_store(path)
   model = build.build_model(config, categories)
   step, variables = checkpoints.restore_variables(workdir / "checkpoints")

@@ -1,0 +1,136 @@
+"""The bytes of the proposals of one image.
+
+magic "JTSM", header length (uint32), header (JSON: image id, H, W, S, P),
+and one LZMA stream of superpixels (uint16 [H, W]), membership (bits,
+[S, ceil(P / 8)]: by superpixels it packs twice as well as by proposals),
+boxes (int32 [P, 4]), scores (float32 [P]), all little-endian
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import lzma
+import struct
+
+import numpy as np
+
+from jtsm_jax.types import Proposals
+
+MAGIC = b"JTSM"
+MAX_SUPERPIXELS = 65535
+MEMORY_LIMIT = 1 << 26  # bytes that unpacking may take, beside the result
+
+
+def encode_proposals(image_id: str, proposals: Proposals) -> bytes:
+  """Packs the proposals of one image; `decode_proposals` is the inverse.
+
+  Raises:
+    ValueError: a superpixel id does not fit, or the arrays disagree.
+  """
+  fault = _find_fault(proposals)
+  if fault:
+    raise ValueError(f"proposals of image {image_id!r}: {fault}.")
+  height, width = proposals.superpixels.shape
+  num_proposals, num_superpixels = proposals.membership.shape
+  header = json.dumps(
+    dict(
+      image_id=image_id,
+      height=height,
+      width=width,
+      superpixels=num_superpixels,
+      proposals=num_proposals,
+    )
+  ).encode()
+  body = b"".join(
+    [
+      proposals.superpixels.astype("<u2").tobytes(),
+      np.packbits(proposals.membership.T, axis=1).tobytes(),
+      proposals.boxes.astype("<i4").tobytes(),
+      proposals.scores.astype("<f4").tobytes(),
+    ]
+  )
+  prefix = MAGIC + struct.pack("<I", len(header))
+  return prefix + header + lzma.compress(body)
+
+
+def decode_proposals(data: bytes) -> tuple[str, Proposals]:
+  """The image id and proposals of one record, checked.
+
+  Raises:
+    ValueError: the record is damaged; says how.
+  """
+  if data[:4] != MAGIC or len(data) < 8:
+    raise ValueError("it does not start like a record of proposals")
+  end = 8 + struct.unpack("<I", data[4:8])[0]
+  try:
+    header = json.loads(data[8:end])
+    image_id = str(header["image_id"])
+    height, width, num_superpixels, num_proposals = (
+      int(header[k]) for k in ("height", "width", "superpixels", "proposals")
+    )
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"the header is damaged: {error}") from error
+  if (
+    min(height, width, num_superpixels) < 1
+    or num_proposals < 0
+    or num_superpixels > MAX_SUPERPIXELS
+  ):
+    raise ValueError(f"sizes are impossible: {header}")
+  row = -(-num_proposals // 8)
+  lengths = [2 * height * width, row * num_superpixels]
+  lengths += [16 * num_proposals, 4 * num_proposals]
+  decompressor = lzma.LZMADecompressor(memlimit=MEMORY_LIMIT)
+  try:  # never more than the header promises
+    body = decompressor.decompress(data[end:], sum(lengths) + 1)
+  except lzma.LZMAError as error:
+    raise ValueError(f"the data are damaged: {error}") from error
+  if len(body) != sum(lengths) or not decompressor.eof:
+    raise ValueError(f"the data do not hold {sum(lengths)} bytes")
+  stops = [0, *itertools.accumulate(lengths)]
+  labels, bits, boxes, scores = (
+    np.frombuffer(body[a:b], dtype)
+    for a, b, dtype in zip(
+      stops, stops[1:], ("<u2", "u1", "<i4", "<f4"), strict=False
+    )
+  )
+  member = np.unpackbits(
+    bits.reshape(num_superpixels, row), axis=1, count=num_proposals
+  ).T
+  proposals = Proposals(
+    superpixels=labels.reshape(height, width).astype(np.int32),
+    membership=np.ascontiguousarray(member.astype(bool)),
+    boxes=boxes.reshape(num_proposals, 4).astype(np.int32),
+    scores=scores.astype(np.float32),
+  )
+  fault = _find_fault(proposals)
+  if fault:
+    raise ValueError(fault)
+  return image_id, proposals
+
+
+def _find_fault(proposals: Proposals) -> str | None:
+  """What is wrong with `proposals`, or None."""
+  labels, member = proposals.superpixels, proposals.membership
+  if labels.ndim != 2 or labels.size == 0 or member.ndim != 2:
+    return f"superpixels are {labels.shape}, membership is {member.shape}"
+  height, width = labels.shape
+  count, num_superpixels = member.shape
+  if num_superpixels > MAX_SUPERPIXELS:
+    return f"{num_superpixels} superpixels, at most {MAX_SUPERPIXELS} fit"
+  if labels.min() < 0 or labels.max() >= num_superpixels:
+    return (
+      f"superpixel ids are {labels.min()} .. {labels.max()}, wanted"
+      f" 0 .. {num_superpixels - 1}"
+    )
+  boxes, scores = proposals.boxes, proposals.scores
+  if boxes.shape != (count, 4) or scores.shape != (count,):
+    return (
+      f"boxes are {boxes.shape} and scores {scores.shape} for {count} proposals"
+    )
+  low, high = boxes[:, :2], boxes[:, 2:]
+  if (low < 0).any() or (high <= low).any() or (high > (height, width)).any():
+    return f"a box is empty or leaves the image of {height} x {width}"
+  if not np.isfinite(scores).all():
+    return "a score is not finite"
+  return None

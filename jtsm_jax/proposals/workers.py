@@ -1,0 +1,92 @@
+"""Processes that share the cores, one thread each."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures.process
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from jtsm_jax.types import InputError
+
+JOBS_AHEAD = 4  # jobs per worker that are taken before they are needed
+ENVIRONMENT = dict(  # one thread for each process; GPUs stay free
+  OMP_NUM_THREADS="1",
+  OPENBLAS_NUM_THREADS="1",
+  MKL_NUM_THREADS="1",
+  JAX_PLATFORMS="cpu",
+  XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+)
+
+
+def map_in_processes(
+  function: Callable[..., Any], jobs: Iterable[tuple], num_workers: int
+) -> Iterator[Any]:
+  """Yields `function(*job)` in the order of the jobs, which are taken lazily.
+
+  Args:
+    function: a function of a module, with arguments and result that pickle.
+    jobs: its arguments.
+    num_workers: processes; 0 works in this one.
+
+  Raises:
+    InputError: a process was killed.
+  """
+  if num_workers == 0:
+    for job in jobs:
+      yield function(*job)
+    return
+  with start_processes(num_workers) as pool:
+    waiting: collections.deque = collections.deque()
+    try:
+      for job in jobs:
+        waiting.append(pool.submit(function, *job))
+        if len(waiting) >= JOBS_AHEAD * num_workers:
+          yield waiting.popleft().result()
+      while waiting:
+        yield waiting.popleft().result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+      raise InputError(
+        "a worker process was killed, most likely for want of memory; set the"
+        f" number of workers below {num_workers} and start again."
+      ) from error
+    finally:
+      pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def start_processes(
+  number: int,
+) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
+  """A pool of processes of one thread each, which see the CPU alone."""
+  before = {name: os.environ.get(name) for name in ENVIRONMENT}
+  os.environ.update(ENVIRONMENT)
+  try:
+    yield concurrent.futures.ProcessPoolExecutor(
+      number,
+      # Forking after jax can deadlock.
+      mp_context=multiprocessing.get_context("spawn"),
+      initializer=_start,
+    )
+  finally:
+    for name, value in before.items():
+      if value is None:
+        os.environ.pop(name, None)
+      else:
+        os.environ[name] = value
+
+
+def available_cores() -> int:
+  """Cores that this process may use."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def _start() -> None:
+  import cv2
+
+  cv2.setNumThreads(1)
