@@ -26,11 +26,27 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   "mode",
   "all",
-  ["all", "prepare", "propose", "train", "evaluate", "predict"],
+  [
+    "all",
+    "prepare",
+    "propose",
+    "proposal_quality",
+    "train",
+    "evaluate",
+    "predict",
+  ],
   "What to do; 'all' does what is missing up to 'evaluate'.",
 )
 _INPUT = flags.DEFINE_string(
   "input", None, "Folder of images to predict, for --mode=predict."
+)
+_SHARD = flags.DEFINE_integer(
+  "shard", 0, "For --mode=propose: which part of the images, from 0."
+)
+_NUM_SHARDS = flags.DEFINE_integer(
+  "num_shards",
+  1,
+  "For --mode=propose: into how many parts the images are divided.",
 )
 
 
@@ -43,6 +59,8 @@ def main(argv: list[str]) -> None:
       _fail(f"--{flag.name} is missing; see --help")
   if _MODE.value == "predict" and not _INPUT.value:
     _fail("--mode=predict needs --input=FOLDER")
+  if _NUM_SHARDS.value != 1 and _MODE.value != "propose":
+    _fail("--num_shards is for --mode=propose")
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax and TFDS tell too much
   sys.stdout.reconfigure(line_buffering=True)  # in order, in a log file too
@@ -56,6 +74,8 @@ def main(argv: list[str]) -> None:
       pathlib.Path(_WORKDIR.value),
       mode=_MODE.value,
       images=pathlib.Path(_INPUT.value) if _INPUT.value else None,
+      shard=_SHARD.value,
+      num_shards=_NUM_SHARDS.value,
     )
   except InputError as error:
     _fail(str(error))

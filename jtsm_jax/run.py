@@ -39,11 +39,11 @@ from jtsm_jax.evaluation.predict import (
   learn_calibration,
   predict,
 )
-from jtsm_jax.proposals import importers
+from jtsm_jax.proposals import importers, quality
 from jtsm_jax.proposals import store as stores
 from jtsm_jax.proposals.fill_store import Maker, fill_store, generator
 from jtsm_jax.proposals.generate import ProposalSettings, preset_settings
-from jtsm_jax.reporting import stages
+from jtsm_jax.reporting import proposal_quality, stages
 from jtsm_jax.reporting.visualize import overlay_panoptic, write_image
 from jtsm_jax.train import build, checkpoints
 from jtsm_jax.train.loop import train
@@ -77,14 +77,18 @@ def run(
   *,
   mode: str,
   images: pathlib.Path | None = None,
+  shard: int = 0,
+  num_shards: int = 1,
 ) -> None:
   """Runs a mode of main.py.
 
   Args:
     config: see configs/base.py.
     workdir: folder of the run; made if absent.
-    mode: "all", "prepare", "propose", "train", "evaluate" or "predict".
+    mode: "all", "prepare", "propose", "proposal_quality", "train", "evaluate"
+      or "predict".
     images: folder of images, for "predict".
+    shard, num_shards: which part of the images, for "propose".
 
   Raises:
     InputError: a path, a file or a field of the configuration is at fault.
@@ -101,9 +105,12 @@ def run(
   data = prepare(config, workdir)
   if mode == "prepare":
     return None
-  store = propose(config, workdir, data)
+  store = propose(config, workdir, data, shard=shard, num_shards=num_shards)
   if mode == "propose":
+    print(f"proposals  {store.path} ({len(store)} images)")
     return None
+  if mode == "proposal_quality":
+    return report_proposals(config, workdir, data, store)
   if mode in ("all", "train"):
     run_training(config, workdir, data, store)
   if mode in ("all", "evaluate"):
@@ -254,6 +261,50 @@ def proposal_maker(config: Config) -> Maker:
       max_superpixels=settings.num_superpixels,
     )
   return generator(settings)
+
+
+def report_proposals(
+  config: Config,
+  workdir: pathlib.Path,
+  data: PreparedData,
+  store: stores.ProposalStore,
+) -> None:
+  """Measures the proposals of the validation images: table, JSON, pictures.
+
+  Raises:
+    InputError: no validation image has ground truth.
+  """
+  if not _has_targets(data):
+    raise InputError(
+      f"the data set {data.name!r} has no validation images with ground truth;"
+      " the quality of proposals cannot be measured"
+    )
+  source, results = data.splits["val"], []
+  output = workdir / "proposal_quality"
+  shown = max(len(source) // max(config.evaluation.pictures, 1), 1)
+  for n, image_id in enumerate(source.image_ids):
+    target = source.target(n)
+    if target is None or image_id not in store:
+      continue
+    proposals = store.get(image_id)
+    results.append(quality.best_iou(proposals, target))
+    if config.evaluation.pictures and n % shown == 0:
+      image = decode_image(source[n].image)
+      sheet = stages.proposal_sheet(image, proposals, target, data.categories)
+      write_image(output / "images" / f"{image_id}.jpg", sheet)
+  summary = quality.summary(quality.concatenate(results))
+  print(proposal_quality.table(summary))
+  proposal_quality.plot(summary, output / "quality.png")
+  (output / "quality.json").write_text(
+    json.dumps({"proposals": quality.COUNTS, "groups": summary}, indent=1)
+  )
+  left_out = len(source) - len(results)
+  if left_out:
+    print(f"left out: {left_out} images without ground truth or proposals")
+  print(f"plot       {output / 'quality.png'}")
+  print(f"figures    {output / 'quality.json'}")
+  if config.evaluation.pictures:
+    print(f"pictures   {output / 'images'}")
 
 
 def proposal_settings(config: Config) -> ProposalSettings:

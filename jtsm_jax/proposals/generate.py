@@ -43,7 +43,7 @@ class ProposalSettings:
     network: use the features of an ImageNet classifier.
     pair_merges: pairs of regions come from so many last merges of each tree.
     ranker: see `ranking.score`.
-    choose_among: diverse ones are chosen among the best so many candidates.
+    choose_among: proposals are chosen among the best so many candidates.
     large_share: a superpixel with this share of the image or more is always a
       proposal by itself: a plain sky, a wall.
   """
@@ -55,7 +55,7 @@ class ProposalSettings:
   network: bool = True
   pair_merges: int = 200
   ranker: str = "quality"
-  choose_among: int = 8000
+  choose_among: int = 12_000
   large_share: float = 0.05
 
   def __post_init__(self):
@@ -90,7 +90,7 @@ PRESETS = {
   "quality": ProposalSettings(),
   "fast": ProposalSettings(
     max_side=500,
-    choose_among=6000,
+    choose_among=8000,
     pixels_per_superpixel=300,
     network=False,
     pair_merges=150,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
+from jtsm_jax.proposals.quality import mask_iou
 from jtsm_jax.reporting.visualize import (
   class_colours,
   contact_sheet,
@@ -14,7 +16,7 @@ from jtsm_jax.reporting.visualize import (
   draw_superpixels,
   overlay_panoptic,
 )
-from jtsm_jax.types import Categories, PanopticMap, Proposals
+from jtsm_jax.types import VOID, Categories, PanopticMap, Proposals
 
 PROPOSALS_SHOWN = 40
 
@@ -49,6 +51,63 @@ def prediction_sheet(
     tiles.append(overlay_panoptic(image, target, categories))
     titles.append("ground truth")
   return contact_sheet([tiles], titles)
+
+
+def proposal_sheet(
+  image: np.ndarray,
+  proposals: Proposals,
+  target: PanopticMap,
+  categories: Categories,
+) -> np.ndarray:
+  """Superpixels, the top of the ranking, and what covers the ground truth best.
+
+  Args:
+    image: [H, W, 3] uint8 RGB.
+    proposals: of the image.
+    target: the ground truth.
+    categories: the classes.
+
+  Returns:
+    One picture, uint8 RGB. The labels of the best proposals tell their IoU.
+  """
+  tiles = [
+    draw_superpixels(image, proposals.superpixels),
+    draw_proposals(image, proposals, PROPOSALS_SHOWN),
+    overlay_panoptic(image, best_proposals(proposals, target), categories),
+    overlay_panoptic(image, target, categories),
+  ]
+  count = len(proposals.membership)
+  titles = [
+    f"{proposals.membership.shape[1]} superpixels",
+    f"first {min(PROPOSALS_SHOWN, count)} of {count} proposals",
+    "best proposal of each segment",
+    "ground truth",
+  ]
+  return contact_sheet([tiles], titles)
+
+
+def best_proposals(proposals: Proposals, target: PanopticMap) -> PanopticMap:
+  """The best proposal of each true segment, small ones on top.
+
+  Returns:
+    A map of the same segments, whose score is the IoU; a segment that others
+    hide has no pixel.
+  """
+  segments = [s for s in target.segments if not s.is_crowd]
+  masks = target.ids == np.array([s.id for s in segments])[:, None, None]
+  iou = mask_iou(
+    proposals.superpixels, proposals.membership, masks, target.ids != VOID
+  )
+  ids = np.zeros_like(target.ids)
+  found = []
+  for n in np.argsort(-masks.sum((1, 2)), kind="stable"):
+    best = iou[:, n].argmax()
+    ids[proposals.membership[best][proposals.superpixels]] = segments[n].id
+    found.append(dataclasses.replace(segments[n], score=iou[best, n]))
+  return PanopticMap(
+    ids,
+    tuple(dataclasses.replace(s, area=int((ids == s.id).sum())) for s in found),
+  )
 
 
 def mining_sheet(

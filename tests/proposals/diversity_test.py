@@ -36,33 +36,48 @@ def test_overlaps_equal_the_loop(monkeypatch, block):
     assert len(found.other[row]) == len(expected)
 
 
-def greedy(membership, sizes, scores, count):
-  """The definition of `select`, as a plain loop."""
-  taken, left = [], list(range(len(scores)))
-  while left and len(taken) < count:
-    gains = []
-    for n in left:
-      overlaps = [iou(membership[n], membership[k], sizes) for k in taken]
-      most = max([o for o in overlaps if o > diversity.LEAST_IOU], default=0)
-      rest = max(1 - most, diversity.LEAST_GAIN)
-      gains.append(scores[n] + diversity.DISCOUNT * np.log(rest))
-    best = left[int(np.argmax(gains))]
-    taken.append(best)
-    left.remove(best)
-  return taken
+def expected_cover(taken, membership, sizes, probability):
+  """What a set of proposals covers, from the definition."""
+  total = 0.0
+  for j, p in enumerate(probability):
+    overlaps = [iou(membership[j], membership[k], sizes) for k in taken]
+    total += p * max(
+      [o for o in overlaps if o > diversity.LEAST_IOU], default=0
+    )
+  return total
 
 
 @pytest.mark.parametrize("count", [1, 25, 1000])
-def test_select_equals_the_loop(count):
+def test_each_choice_adds_most(count):
   membership, sizes = random_sets(60)
-  scores = np.random.default_rng(3).integers(0, 12, 60) / 4.0  # with ties
+  membership = np.unique(membership, axis=0)
+  scores = np.random.default_rng(3).normal(size=len(membership))
   chosen = diversity.select(
     scores,
     diversity.find_overlaps(membership, sizes),
     max_proposals=count,
-  )
-  expected = greedy(membership, sizes, scores, count)
-  assert list(chosen) == expected
+  ).tolist()
+  assert len(chosen) == len(set(chosen)) == min(count, len(membership))
+  probability = np.exp(scores)
+  for n, taken in enumerate(chosen):
+    covers = [
+      expected_cover([*chosen[:n], k], membership, sizes, probability)
+      for k in range(len(membership))
+    ]
+    assert covers[taken] == pytest.approx(max(covers), rel=1e-6)
+
+
+def test_many_versions_of_one_segment_come_before_a_likelier_single_one():
+  """Five versions of a large segment, 0.1 each, and a small one of 0.2."""
+  membership = np.zeros((6, 30), bool)
+  for n in range(5):
+    membership[n, :20] = True
+    membership[n, n] = False
+  membership[5, 25] = True
+  overlaps = diversity.find_overlaps(membership, np.ones(30))
+  scores = np.log([0.1, 0.1, 0.1, 0.1, 0.1, 0.2])
+  chosen = diversity.select(scores, overlaps, max_proposals=3)
+  assert list(chosen[:2]) == [0, 5]
 
 
 def test_nothing_to_choose_from():
