@@ -279,7 +279,7 @@ def report_proposals(
       f"the data set {data.name!r} has no validation images with ground truth;"
       " the quality of proposals cannot be measured"
     )
-  source, results = data.splits["val"], []
+  source, results, most = data.splits["val"], [], 1
   output = workdir / "proposal_quality"
   shown = max(len(source) // max(config.evaluation.pictures, 1), 1)
   for n, image_id in enumerate(source.image_ids):
@@ -288,15 +288,17 @@ def report_proposals(
       continue
     proposals = store.get(image_id)
     results.append(quality.best_iou(proposals, target))
+    most = max(most, len(proposals.membership))
     if config.evaluation.pictures and n % shown == 0:
       image = decode_image(source[n].image)
       sheet = stages.proposal_sheet(image, proposals, target, data.categories)
       write_image(output / "images" / f"{image_id}.jpg", sheet)
-  summary = quality.summary(quality.concatenate(results))
-  print(proposal_quality.table(summary))
-  proposal_quality.plot(summary, output / "quality.png")
+  summary = quality.summary(quality.concatenate(results), most=most)
+  counts = quality.counts_up_to(most)
+  print(proposal_quality.table(summary, counts))
+  proposal_quality.plot(summary, counts, output / "quality.png")
   (output / "quality.json").write_text(
-    json.dumps({"proposals": quality.COUNTS, "groups": summary}, indent=1)
+    json.dumps({"proposals": counts, "groups": summary}, indent=1)
   )
   left_out = len(source) - len(results)
   if left_out:

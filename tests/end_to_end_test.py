@@ -193,6 +193,33 @@ def test_the_same_command_again_only_evaluates(finished, run):
 # Prediction.
 
 
+def test_quality_of_the_proposals(finished, run):
+  out, _ = run(finished[0], "--mode=proposal_quality")
+  folder = finished[0] / "proposal_quality"
+  found = json.loads((folder / "quality.json").read_text())
+  things = found["groups"]["things"]
+  assert things["segments"] > 0
+  assert 0.3 < things["J_i"][-1] <= 1
+  assert sorted(things["J_i"]) == things["J_i"]  # more proposals cover more
+  assert (folder / "quality.png").is_file()
+  assert list((folder / "images").glob("*.jpg"))
+  assert f"{things['J_i'][-1]:.3f}" in out
+
+
+def test_shards_of_the_proposals(run, fault, tmp_path):
+  for shard in (1, 0):
+    run(
+      tmp_path / "run", "--mode=propose", "--num_shards=2", f"--shard={shard}"
+    )
+  stores = list((tmp_path / "run" / "proposals").glob("*/*"))
+  assert len(stores) == 1
+  files = sorted(f.name for f in stores[0].glob("*.array_record"))
+  assert {name[:14] for name in files} == {"proposals-0000", "proposals-0001"}
+  assert "--num_shards is for" in fault(
+    tmp_path / "run", "--mode=train", "--num_shards=2"
+  )
+
+
 def test_predict_a_folder(finished, run, tmp_path):
   images = tmp_path / "holiday"
   images.mkdir()

@@ -139,14 +139,29 @@ def concatenate(results: Sequence[BestIou]) -> BestIou:
   )
 
 
-def summary(found: BestIou) -> dict[str, dict[str, Any]]:
+def counts_up_to(most: int) -> list[int]:
+  """The `COUNTS` below `most`, and `most` itself if it is below the last."""
+  below = [n for n in COUNTS if n < most]
+  return below + [min(most, COUNTS[-1])] * (len(below) < len(COUNTS))
+
+
+def summary(
+  found: BestIou, *, most: int = COUNTS[-1]
+) -> dict[str, dict[str, Any]]:
   """Measures of groups of segments.
+
+  Args:
+    found: of all images.
+    most: no image has more proposals.
 
   Returns:
     For "things", "stuff", "all" and, of things, "small", "medium" and "large":
-    the number of `segments`, and lists over `COUNTS` of "J_i", "J_c", "AR" and
-    "R@0.5", "R@0.7", "R@0.85". Groups without segments are left out.
+    the number of `segments`, and lists over `counts_up_to(most)` of "J_i",
+    "J_c", "AR" and "R@0.5", "R@0.7", "R@0.85". Groups without segments are
+    left out.
   """
+  columns = len(counts_up_to(most))
+  found = dataclasses.replace(found, iou=found.iou[:, :columns])
   groups = {
     "things": found.is_thing,
     "stuff": ~found.is_thing,

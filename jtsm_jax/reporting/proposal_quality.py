@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from jtsm_jax.proposals.quality import COUNTS, RECALL_AT
+from jtsm_jax.proposals.quality import RECALL_AT
 
 PUBLISHED = {
   "VOC 2012 val, things": {
@@ -29,14 +29,17 @@ PUBLISHED = {
 _COLOURS = ("#0f766e", "#b45309", "#6d28d9")
 
 
-def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
+def table(
+  summary: Mapping[str, Mapping[str, Any]], counts: Sequence[int]
+) -> str:
   """Lines of text: each group's measures at each number of proposals.
 
   Args:
     summary: from `quality.summary`.
+    counts: numbers of proposals, those of the lists in `summary`.
   """
   measures = ("J_i", "J_c", "AR", *(f"R@{t}" for t in RECALL_AT))
-  heads = "".join(f"{n:>8}" for n in COUNTS)
+  heads = "".join(f"{n:>8}" for n in counts)
   lines = [f"{'segments':<22}{'':<7}{heads}"]
   for group, row in summary.items():
     name = f"{group} ({row['segments']})"
@@ -52,11 +55,15 @@ def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
   return "\n".join(lines)
 
 
-def plot(summary: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -> None:
+def plot(
+  summary: Mapping[str, Mapping[str, Any]],
+  counts: Sequence[int],
+  path: pathlib.Path,
+) -> None:
   """Writes J_i and recall over the number of proposals as a PNG file.
 
   Args:
-    summary: from `quality.summary`.
+    summary, counts: as for `table`.
     path: of the file.
   """
   figure = Figure(figsize=(11, 4.4), layout="constrained")
@@ -65,7 +72,7 @@ def plot(summary: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -> None:
   groups = [g for g in ("things", "stuff") if g in summary]
   for group, colour in zip(groups, _COLOURS, strict=False):
     left.plot(
-      COUNTS,
+      counts,
       summary[group]["J_i"],
       color=colour,
       marker="o",
@@ -74,13 +81,13 @@ def plot(summary: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -> None:
     )
   for images, style in zip(PUBLISHED, ("--", ":"), strict=True):
     for method, grey in (("MCG", "0.35"), ("SCG", "0.65")):
-      counts, values = zip(*PUBLISHED[images][method], strict=True)
-      left.plot(counts, values, style, color=grey, label=f"{images}: {method}")
+      numbers, values = zip(*PUBLISHED[images][method], strict=True)
+      left.plot(numbers, values, style, color=grey, label=f"{images}: {method}")
   left.set_ylabel("$J_i$, mean best IoU")
   for group, colour in zip(groups, _COLOURS, strict=False):
     for threshold, style in zip(RECALL_AT, ("-", "--", ":"), strict=True):
       right.plot(
-        COUNTS,
+        counts,
         summary[group][f"R@{threshold}"],
         style,
         color=colour,
@@ -89,7 +96,7 @@ def plot(summary: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -> None:
   right.set_ylabel("recall")
   for axes in (left, right):
     axes.set(xscale="log", ylim=(0, 1), xlabel="proposals")
-    axes.set_xticks(COUNTS, [f"{n:,}" for n in COUNTS])
+    axes.set_xticks(counts, [f"{n:,}" for n in counts])
     axes.minorticks_off()
     axes.grid(color="0.9")
     axes.legend(fontsize=7.5, frameon=False, loc="lower right")

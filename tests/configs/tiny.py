@@ -26,6 +26,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   c.data.shapes.side = 64
   c.data.canvases = ((64, 64),)
   c.data.eval_canvases = ((64, 64),)
+  c.proposals.preset = "fast"
   c.proposals.num_superpixels = 24
   c.proposals.max_proposals = 32
   c.proposals.num_workers = 1

@@ -97,6 +97,16 @@ def test_summary_by_hand():
     assert found[name]["J_i"] == pytest.approx([value] * 5)
 
 
+def test_counts_that_no_image_reaches_are_left_out():
+  assert quality.counts_up_to(4000) == list(quality.COUNTS)
+  assert quality.counts_up_to(5000) == list(quality.COUNTS)
+  assert quality.counts_up_to(600) == [100, 500, 600]
+  assert quality.counts_up_to(500) == [100, 500]
+  assert quality.counts_up_to(30) == [30]
+  found = segments(iou=[0.4], category=[0], is_thing=[True], area=[5])
+  assert quality.summary(found, most=600)["all"]["J_i"] == [0.4] * 3
+
+
 def test_groups_without_segments_are_left_out():
   found = quality.summary(
     segments(iou=[0.4], category=[0], is_thing=[True], area=[5])

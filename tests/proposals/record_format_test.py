@@ -111,7 +111,7 @@ def test_a_bomb_is_not_unpacked():
   ],
 )
 def test_impossible_sizes(header):
-  with pytest.raises(ValueError, match="impossible|damaged"):
+  with pytest.raises(ValueError, match=r"impossible|damaged"):
     record_format.decode_proposals(forged(bytes(126), **header))
 
 

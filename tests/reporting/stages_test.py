@@ -74,3 +74,35 @@ def test_mining_sheet_has_a_row_for_each_segment(sheets):
   one = stages.mining_sheet(IMAGE, [(0, LEFT, None)], CATEGORIES)
   assert found.shape[0] > one.shape[0]
   assert sheets[1][0][0][2] is None  # no mask, no picture of it
+
+
+def test_best_proposals_are_labelled_with_their_iou():
+  """A small thing before a large one, each covered in part."""
+  ids = np.ones((4, 10), np.int32)
+  ids[:2, :2] = 2
+  ids[3] = 0  # void, which counts nowhere
+  target = PanopticMap(
+    ids, (Segment(2, 0, True, 1.0, 4), Segment(1, 1, False, 1.0, 26))
+  )
+  superpixels = np.zeros((4, 10), np.int32)
+  superpixels[:2, :3] = 1
+  superpixels[:, 5:] = 2
+  proposals = Proposals(
+    superpixels=superpixels,
+    membership=np.array([[1, 1, 1], [0, 1, 0], [0, 0, 1]], bool),
+    boxes=np.zeros((3, 4), np.int32),
+    scores=np.array([3.0, 2.0, 1.0], np.float32),
+  )
+  found = stages.best_proposals(proposals, target)
+  assert [s.id for s in found.segments] == [1, 2]
+  assert [s.score for s in found.segments] == pytest.approx([26 / 30, 4 / 6])
+  np.testing.assert_array_equal(found.ids == 2, superpixels == 1)
+  assert [s.area for s in found.segments] == [34, 6]
+
+
+def test_proposal_sheet(sheets):
+  stages.proposal_sheet(IMAGE, PROPOSALS, PANOPTIC, CATEGORIES)
+  [([row], titles)] = sheets
+  assert len(row) == len(titles) == 4
+  assert titles[0] == "2 superpixels"
+  assert titles[1] == "first 2 of 2 proposals"
