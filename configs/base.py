@@ -48,9 +48,11 @@ def get_config() -> ml_collections.ConfigDict:
   # Proposals from elsewhere instead: a folder of MCG or COB .mat files, or a
   # JSON file of masks in COCO's result format (docs/proposals.md).
   c.proposals.source = ""
-  # "quality"; "fast", without a network; "unfitted", whose ranking no mask has
-  # taught (docs/proposals.md). The fields below change the preset's values.
-  c.proposals.preset = "quality"
+  # "unfitted": no mask has taught its ranking. "quality" and "fast", without a
+  # network, were fitted on 100 masked photographs (docs/proposals.md). The fields
+  # below change the preset's values.
+  c.proposals.preset = "unfitted"
+  c.proposals.network = True  # False: no features of an ImageNet network
   c.proposals.num_superpixels = 1600  # S
   c.proposals.max_proposals = 2000  # P; section 4.1: 4,000 of MCG
   c.proposals.max_side = 640  # images are shrunk to it before proposing

@@ -6,6 +6,7 @@ configuration is read and handed on as plain arguments.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -311,8 +312,10 @@ def report_proposals(
 
 def proposal_settings(config: Config) -> ProposalSettings:
   """`config.proposals` as plain settings."""
-  return preset_settings(
-    config.proposals.preset,
+  preset = preset_settings(config.proposals.preset)
+  return dataclasses.replace(
+    preset,
+    network=preset.network and config.proposals.network,
     num_superpixels=config.proposals.num_superpixels,
     max_proposals=config.proposals.max_proposals,
     max_side=config.proposals.max_side,

@@ -17,6 +17,7 @@ import dataclasses
 import heapq
 
 import numpy as np
+import scipy.sparse
 
 LEAST_IOU = 0.65  # overlaps of less count as none
 BLOCK = 256  # candidates whose overlaps are computed at once
@@ -27,8 +28,8 @@ class Overlaps:
   """The candidates of IoU > `LEAST_IOU` with each of N, in rows one by one.
 
   Attributes:
-    start: [N + 1] int64; row n is start[n] .. start[n + 1] - 1.
-    other: [M] int64, candidates.
+    start: [N + 1] int; row n is start[n] .. start[n + 1] - 1.
+    other: [M] int, candidates.
     iou: [M] float32.
   """
 
@@ -44,29 +45,32 @@ def find_overlaps(membership: np.ndarray, sizes: np.ndarray) -> Overlaps:
     membership: [N, S] bool.
     sizes: [S], pixels of each superpixel.
   """
-  member = membership.astype(np.float32)
-  weighted = member * sizes.astype(np.float32)
-  area = weighted.sum(1)
+  # Products of these are pixels that two sets share.
+  root = membership.astype(np.float32)
+  root *= np.sqrt(sizes).astype(np.float32)
+  area = np.square(root).sum(1)
   # The IoU of two sets is at most the ratio of their areas.
-  order = np.argsort(area, kind="stable")
-  member, weighted, area = member[order], weighted[order], area[order]
-  found = [(np.zeros(0, np.int64),) * 2 + (np.zeros(0, np.float32),)]
+  order = np.argsort(area, kind="stable").astype(np.int32)
+  root, area = root[order], area[order]
+  found = [(order[:0], order[:0], area[:0])]
   for start in range(0, len(order), BLOCK):
     block = slice(start, min(start + BLOCK, len(order)))
     stop = np.searchsorted(area, area[block][-1] / LEAST_IOU, side="right")
-    window = slice(start, stop)
-    inter = weighted[block] @ member[window].T
-    iou = inter / (area[block, None] + area[window] - inter)
-    i, j = np.nonzero(np.triu(iou > LEAST_IOU, 1))
-    found.append((order[start + i], order[start + j], iou[i, j]))
+    both = area[block, None] + area[start:stop]
+    shared = root[block] @ root[start:stop].T
+    i, j = np.nonzero(shared > LEAST_IOU / (1 + LEAST_IOU) * both)
+    i, j = i[i < j], j[i < j]
+    iou = shared[i, j] / (both[i, j] - shared[i, j])
+    found.append((order[start + i], order[start + j], iou))
   first, second, iou = map(np.concatenate, zip(*found, strict=True))
-  row = np.concatenate([first, second])
-  by_row = np.argsort(row, kind="stable")
-  return Overlaps(
-    start=np.searchsorted(row[by_row], np.arange(len(order) + 1)),
-    other=np.concatenate([second, first])[by_row],
-    iou=np.concatenate([iou, iou])[by_row],
+  rows = scipy.sparse.csr_array(
+    (
+      np.concatenate([iou, iou]),
+      (np.concatenate([first, second]), np.concatenate([second, first])),
+    ),
+    shape=(len(order), len(order)),
   )
+  return Overlaps(start=rows.indptr, other=rows.indices, iou=rows.data)
 
 
 def select(
