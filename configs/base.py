@@ -48,9 +48,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Proposals from elsewhere instead: a folder of MCG or COB .mat files, or a
   # JSON file of masks in COCO's result format (docs/proposals.md).
   c.proposals.source = ""
-  # "unfitted": no mask has taught its ranking. "quality" and "fast", without a
-  # network, were fitted on 100 masked photographs (docs/proposals.md). The fields
-  # below change the preset's values.
+  # "unfitted": no mask has taught its ranking. "quality" and "fast", which uses
+  # no network, were fitted on 100 masked photographs (docs/proposals.md). The
+  # fields below change the preset's values.
   c.proposals.preset = "unfitted"
   c.proposals.network = True  # False: no features of an ImageNet network
   c.proposals.num_superpixels = 1600  # S
