@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import cv2
 import numpy as np
 import pytest
 
@@ -126,6 +127,46 @@ def test_large_image_is_computed_small_and_returned_in_full():
   )
   for mask in masks:
     assert best_iou(thinned, mask) > 0.85
+
+
+def test_photograph_of_twelve_megapixels():
+  small, _ = scene(200)
+  image = np.repeat(np.repeat(small, 15, 0), 20, 1)
+  found = generate.generate_proposals(image, preset="fast")
+  settings = generate.PRESETS["fast"]
+  assert found.superpixels.shape == (3000, 4000)
+  assert len(found.membership) <= settings.max_proposals
+  assert found.membership.shape[1] <= settings.num_superpixels
+  assert (found.boxes[:, 2:] <= (3000, 4000)).all()
+  assert (found.boxes[:, :2] < found.boxes[:, 2:]).all()
+
+
+@pytest.mark.parametrize("preset", generate.PRESETS)
+def test_grey_photograph(preset):
+  grey = scene(90)[0].mean(2).astype(np.uint8)
+  image = np.repeat(grey[..., None], 3, 2)
+  found = generate.generate_proposals(image, preset=preset, max_proposals=300)
+  check(found, (90, 90), generate.preset_settings(preset, max_proposals=300))
+
+
+def test_every_proposal_is_connected():
+  found = generate.generate_proposals(scene()[0], max_proposals=300)
+  for row in found.membership:
+    mask = row[found.superpixels].astype(np.uint8)
+    assert cv2.connectedComponents(mask, connectivity=4)[0] == 2
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (dict(preset="best"), "'best' is unknown"),
+    (dict(max_proposals=0), "max_proposals is 0"),
+    (dict(max_proposals=4001), "max_proposals is 4001"),
+  ],
+)
+def test_wrong_options_are_refused(options, message):
+  with pytest.raises(InputError, match=message):
+    generate.generate_proposals(scene(20)[0], **options)
 
 
 def test_extreme_shape():
