@@ -27,7 +27,7 @@ def build_hierarchies(graph: RegionGraph) -> list[np.ndarray]:
 
   Returns:
     One array per tree, [2S-1] int64 parents as `merge_tree` describes them:
-    eight with the classifier's features, four without. Every node is a
+    eight with the classifier's features, six without. Every node is a
     4-connected region.
   """
   if len(graph.sizes) == 1:
@@ -44,7 +44,12 @@ def build_hierarchies(graph: RegionGraph) -> list[np.ndarray]:
     _ward_linkage(graph, appearance, standardise(spectrum)),
   ]
   if graph.deep is None:
-    return [*trees, _ward_linkage(graph, spectrum)]
+    return [
+      *trees,
+      _ward_linkage(graph, spectrum),
+      _ward_linkage(graph, appearance),
+      _average_linkage(graph, strength),
+    ]
   deep, objects = graph.deep, graph.deep.object
   part_and_object = np.concatenate([deep.part, objects], axis=1)
   with_deep = relative(

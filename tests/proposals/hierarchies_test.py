@@ -37,7 +37,7 @@ def parts(request):
 def test_every_node_is_a_connected_union(parts):
   superpixels, graph = parts
   trees = hierarchies.build_hierarchies(graph)
-  assert len(trees) == (4 if graph.deep is None else 8)
+  assert len(trees) == (6 if graph.deep is None else 8)
   for parents in trees:
     nodes = merge_tree.intervals(parents).membership(np.arange(59))
     assert nodes[-1].all()
