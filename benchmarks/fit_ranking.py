@@ -70,7 +70,6 @@ def main() -> None:
     args.json, args.masks, Categories.from_list(entries["categories"])
   )
   settings = generate.preset_settings(args.preset)
-  views = [(scale, flip) for scale in (1.0, 0.6) for flip in (False, True)]
   make = functools.partial(make_case, args.images, truth, settings)
   check = functools.partial(best_ious, args.images, truth, settings)
   names = sorted(truth)
@@ -135,18 +134,9 @@ def best_ious(images, truth, settings, weights, name):
 
 def segment_iou(superpixels, membership, ids, segments):
   """IoU of sets of superpixels with segments, [P, G]."""
-  ids = resize_ids(ids, superpixels.shape)
+  ids = generate.stretch(ids, superpixels.shape)
   masks = np.stack([ids == s.id for s in segments])
   return quality.mask_iou(superpixels, membership, masks, ids != VOID)
-
-
-def resize_ids(ids, shape):
-  """Nearest-neighbour change of size."""
-  rows, columns = (
-    np.arange(new) * old // new
-    for new, old in zip(shape, ids.shape, strict=True)
-  )
-  return ids[np.ix_(rows, columns)]
 
 
 def fit(names, cases) -> ranking.RankingWeights:

@@ -236,10 +236,9 @@ def _features(graph: RegionGraph) -> list[np.ndarray]:
   """What moments are made of: Lab and a few components of deep features."""
   if graph.deep is None:
     return [graph.lab]
-  deep = graph.deep
-  part_and_object = np.concatenate([deep.part, deep.object], 1)
   return [graph.lab] + [
-    standardise(_principal_components(x)) for x in (part_and_object, deep.scene)
+    standardise(_principal_components(x))
+    for x in (graph.deep.part_and_object, graph.deep.scene)
   ]
 
 
@@ -256,10 +255,9 @@ def _edge_cues(graph: RegionGraph) -> np.ndarray:
   """[E, 1 + K]: ones, and the cues of `Candidates.outer`."""
   cues = [np.ones(len(graph.pairs)), graph.strength, graph.fine]
   if graph.deep is not None:
-    deep = graph.deep
-    part_and_object = np.concatenate([deep.part, deep.object], 1)
     cues += [
-      relative(distance(x, graph.pairs)) for x in (part_and_object, deep.scene)
+      relative(distance(x, graph.pairs))
+      for x in (graph.deep.part_and_object, graph.deep.scene)
     ]
   return np.stack(cues, 1)
 

@@ -41,6 +41,11 @@ class DeepFeatures:
   scene: np.ndarray
   activity: np.ndarray
 
+  @property
+  def part_and_object(self) -> np.ndarray:
+    """[S, 152] float64, both side by side."""
+    return np.concatenate([self.part, self.object], axis=1)
+
 
 def deep_features(image: np.ndarray, superpixels: np.ndarray) -> DeepFeatures:
   """Features of each superpixel.
@@ -53,9 +58,8 @@ def deep_features(image: np.ndarray, superpixels: np.ndarray) -> DeepFeatures:
     InputError: the weights are not installed, or jax may not use the CPU.
   """
   maps, scale = _run_network(image)
-  part, objects, scene = (
-    _sample(maps[name], superpixels, scale) for name in STAGES
-  )
+  pixels = _some_pixels(superpixels)
+  part, objects, scene = (_sample(maps[name], pixels, scale) for name in STAGES)
   activity = np.linalg.norm(scene, axis=1)
   return DeepFeatures(
     part=standardise(part),
@@ -106,21 +110,24 @@ def _network() -> Callable[[np.ndarray], dict[str, jax.Array]]:
   return lambda canvas: run(variables, jax.device_put(canvas, device))
 
 
-def _sample(
-  features: np.ndarray, superpixels: np.ndarray, scale: float
-) -> np.ndarray:
-  """Mean over a few pixels of each superpixel, bilinear: [S, C] float32."""
+def _some_pixels(superpixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Rows and columns of a few pixels of each superpixel, [S, SAMPLES] each."""
   flat = superpixels.ravel()
   order = np.argsort(flat, kind="stable")
   sizes = np.bincount(flat)
   start = np.cumsum(sizes) - sizes
   share = (np.arange(SAMPLES) + 0.5) / SAMPLES
   chosen = order[start[:, None] + (share * sizes[:, None]).astype(np.int64)]
+  return np.divmod(chosen, superpixels.shape[1])
+
+
+def _sample(
+  features: np.ndarray, pixels: tuple[np.ndarray, np.ndarray], scale: float
+) -> np.ndarray:
+  """Mean over the pixels of each superpixel, bilinear: [S, C] float32."""
   stride = CANVAS / features.shape[0]
   low, weight = [], []
-  for pixel, size in zip(
-    np.divmod(chosen, superpixels.shape[1]), features.shape, strict=False
-  ):
+  for pixel, size in zip(pixels, features.shape, strict=False):
     position = (pixel + 0.5) * scale / stride - 0.5
     position = np.clip(position, 0, size - 1)
     cell = np.minimum(position.astype(np.int64), size - 2)

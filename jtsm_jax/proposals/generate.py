@@ -220,7 +220,7 @@ def in_full_size(
   """Proposals of an image of `shape` whose superpixels may be smaller."""
   boxes = tight_boxes(superpixels, membership)
   return Proposals(
-    superpixels=_stretch(superpixels, shape),
+    superpixels=stretch(superpixels, shape),
     membership=membership,
     boxes=_stretch_boxes(boxes, superpixels.shape, shape),
     scores=np.linspace(1, 0, len(membership), endpoint=False, dtype=np.float32),
@@ -255,19 +255,19 @@ def _shrink(image: np.ndarray, max_side: int) -> np.ndarray:
   return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
-def _stretch(superpixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-  """Nearest-neighbour enlargement: every superpixel survives."""
+def stretch(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+  """Nearest-neighbour change of size; in an enlargement every label stays."""
   rows, columns = (
     np.arange(full) * small // full
-    for full, small in zip(shape, superpixels.shape, strict=True)
+    for full, small in zip(shape, labels.shape, strict=True)
   )
-  return superpixels[np.ix_(rows, columns)]
+  return labels[np.ix_(rows, columns)]
 
 
 def _stretch_boxes(
   boxes: np.ndarray, small: tuple[int, int], full: tuple[int, int]
 ) -> np.ndarray:
-  """Tight boxes after `_stretch`: row r begins at ceil(r * full / small)."""
+  """Tight boxes after `stretch`: row r begins at ceil(r * full / small)."""
   return -(-boxes * np.tile(full, 2) // np.tile(small, 2)).astype(np.int32)
 
 

@@ -51,7 +51,7 @@ def build_hierarchies(graph: RegionGraph) -> list[np.ndarray]:
       _average_linkage(graph, strength),
     ]
   deep, objects = graph.deep, graph.deep.object
-  part_and_object = np.concatenate([deep.part, objects], axis=1)
+  part_and_object = deep.part_and_object
   with_deep = relative(
     strength + 2 * relative(distance(part_and_object, graph.pairs))
   )

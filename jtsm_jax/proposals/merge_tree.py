@@ -40,9 +40,7 @@ def accumulate(parents: np.ndarray, leaves: np.ndarray) -> np.ndarray:
   """Sums of what the leaves of each node hold: [S, K] to [2S-1, K]."""
   sums = np.zeros((len(parents), leaves.shape[1]), leaves.dtype)
   sums[: len(leaves)] = leaves
-  for node in range(len(parents) - 1):
-    sums[parents[node]] += sums[node]
-  return sums
+  return _add_to_parents(parents, sums)
 
 
 def accumulate_maximum(parents: np.ndarray, leaves: np.ndarray) -> np.ndarray:
@@ -73,6 +71,10 @@ def accumulate_inside(
   sums = np.stack(
     [np.bincount(joined, v, len(parents)) for v in values.T], axis=1
   )
+  return _add_to_parents(parents, sums)
+
+
+def _add_to_parents(parents, sums):
   for node in range(len(parents) - 1):
     sums[parents[node]] += sums[node]
   return sums
