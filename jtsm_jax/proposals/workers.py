@@ -17,8 +17,12 @@ ENVIRONMENT = dict(  # one thread for each process; GPUs stay free
   OMP_NUM_THREADS="1",
   OPENBLAS_NUM_THREADS="1",
   MKL_NUM_THREADS="1",
+  NPROC="1",  # XLA's pools of threads
+  # glibc keeps the memory of large temporaries. Processes that return it to the
+  # kernel and ask for it again wait for each other.
+  MALLOC_MMAP_THRESHOLD_=str(2**30),
+  MALLOC_TRIM_THRESHOLD_=str(2**30),
   JAX_PLATFORMS="cpu",
-  XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
 )
 
 
