@@ -13,7 +13,6 @@ probability, comes early, once; its other versions come late.
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 
 import numpy as np
@@ -23,27 +22,17 @@ LEAST_IOU = 0.65  # overlaps of less count as none
 BLOCK = 128  # candidates whose overlaps are computed at once
 
 
-@dataclasses.dataclass(frozen=True)
-class Overlaps:
-  """The candidates of IoU > `LEAST_IOU` with each of N, in rows one by one.
-
-  Attributes:
-    start: [N + 1] int; row n is start[n] .. start[n + 1] - 1.
-    other: [M] int, candidates.
-    iou: [M] float32.
-  """
-
-  start: np.ndarray
-  other: np.ndarray
-  iou: np.ndarray
-
-
-def find_overlaps(membership: np.ndarray, sizes: np.ndarray) -> Overlaps:
-  """Finds large overlaps.
+def find_overlaps(
+  membership: np.ndarray, sizes: np.ndarray
+) -> scipy.sparse.csr_array:
+  """Finds the pairs of sets that have IoU > `LEAST_IOU`.
 
   Args:
     membership: [N, S] bool.
     sizes: [S], pixels of each superpixel.
+
+  Returns:
+    [N, N] float32, symmetric, their IoU. The diagonal is 0.
   """
   # Products of these are pixels that two sets share.
   root = membership.astype(np.float32)
@@ -65,24 +54,19 @@ def find_overlaps(membership: np.ndarray, sizes: np.ndarray) -> Overlaps:
     shared, i, j = shared[i, j], start + i, start + j
     found.append((order[i], order[j], shared / (area[i] + area[j] - shared)))
   first, second, iou = map(np.concatenate, zip(*found, strict=True))
-  rows = scipy.sparse.csr_array(
-    (
-      np.concatenate([iou, iou]),
-      (np.concatenate([first, second]), np.concatenate([second, first])),
-    ),
-    shape=(len(order), len(order)),
-  )
-  return Overlaps(start=rows.indptr, other=rows.indices, iou=rows.data)
+  size = (len(order), len(order))
+  half = scipy.sparse.csr_array((iou, (first, second)), size)
+  return half + half.T
 
 
 def select(
-  scores: np.ndarray, overlaps: Overlaps, *, max_proposals: int
+  scores: np.ndarray, overlaps: scipy.sparse.csr_array, *, max_proposals: int
 ) -> np.ndarray:
   """Chooses the candidates that cover most, best first.
 
   Args:
     scores: [N] float64, logarithms of the probabilities, up to a constant.
-    overlaps: of these candidates.
+    overlaps: of `find_overlaps`, for the same candidates.
     max_proposals: > 0.
 
   Returns:
@@ -92,17 +76,15 @@ def select(
   count = len(scores)
   probability = np.exp(scores - scores.max(initial=-np.inf))
   covered = np.zeros(count)
-  start, other = overlaps.start.tolist(), overlaps.other
-  iou = overlaps.iou.astype(np.float64)
-  row = np.repeat(np.arange(count), np.diff(overlaps.start))
-  bound = probability + np.bincount(row, probability[other] * iou, count)
+  bound = probability + overlaps @ probability
+  start = overlaps.indptr.tolist()
   heap = [(-gain, n) for n, gain in enumerate(bound.tolist())]
   heapq.heapify(heap)
   taken = []
   while heap and len(taken) < max_proposals:
     _, n = heapq.heappop(heap)
     near = slice(start[n], start[n + 1])
-    others, overlap = other[near], iou[near]
+    others, overlap = overlaps.indices[near], overlaps.data[near]
     added = np.maximum(overlap - covered[others], 0)
     gain = probability[n] * (1 - covered[n]) + added @ probability[others]
     entry = (-float(gain), n)
