@@ -19,6 +19,10 @@ import numpy as np
 import scipy.sparse
 
 LEAST_IOU = 0.65  # overlaps of less count as none
+MAX_OVERLAPS = 12_000_000
+"""About so many are kept, the largest ones; few images have more. They need
+some 300 MB while they are found."""
+SAMPLE = 50  # each so manieth candidate tells how many overlaps there are
 BLOCK = 128  # candidates whose overlaps are computed at once
 
 
@@ -26,6 +30,8 @@ def find_overlaps(
   membership: np.ndarray, sizes: np.ndarray
 ) -> scipy.sparse.csr_array:
   """Finds the pairs of sets that have IoU > `LEAST_IOU`.
+
+  Where that would be more than `MAX_OVERLAPS`, the least IoU is higher.
 
   Args:
     membership: [N, S] bool.
@@ -41,11 +47,13 @@ def find_overlaps(
   # The IoU of two sets is at most the ratio of their areas.
   order = np.argsort(area, kind="stable").astype(np.int32)
   root, area = root[order], area[order]
-  least = np.float32(LEAST_IOU / (1 + LEAST_IOU)) * area
+  least_iou = _least_iou(root, area)
+  # IoU > t is the same as shared > t / (1 + t) * (sum of both areas).
+  least = np.float32(least_iou / (1 + least_iou)) * area
   found = [(order[:0], order[:0], area[:0])]
   for start in range(0, len(order), BLOCK):
     block = slice(start, min(start + BLOCK, len(order)))
-    stop = np.searchsorted(area, area[block][-1] / LEAST_IOU, side="right")
+    stop = np.searchsorted(area, area[block][-1] / least_iou, side="right")
     shared = root[block] @ root[start:stop].T
     large = shared - least[start:stop] > least[block, None]
     # Faster than nonzero of two dimensions.
@@ -57,6 +65,16 @@ def find_overlaps(
   size = (len(order), len(order))
   half = scipy.sparse.csr_array((iou, (first, second)), size)
   return half + half.T
+
+
+def _least_iou(root: np.ndarray, area: np.ndarray) -> float:
+  """`LEAST_IOU`, or the IoU that about `MAX_OVERLAPS` pairs exceed."""
+  share = MAX_OVERLAPS / max(len(area), 1) ** 2
+  if share >= 1:
+    return LEAST_IOU
+  shared = root[::SAMPLE] @ root.T
+  iou = shared / (area[::SAMPLE, None] + area - shared)
+  return max(LEAST_IOU, float(np.quantile(iou, 1 - share)))
 
 
 def select(

@@ -18,10 +18,7 @@ ENVIRONMENT = dict(  # one thread for each process; GPUs stay free
   OPENBLAS_NUM_THREADS="1",
   MKL_NUM_THREADS="1",
   NPROC="1",  # XLA's pools of threads
-  # glibc keeps the memory of large temporaries. Processes that return it to the
-  # kernel and ask for it again wait for each other.
-  MALLOC_MMAP_THRESHOLD_=str(2**30),
-  MALLOC_TRIM_THRESHOLD_=str(2**30),
+  MALLOC_ARENA_MAX="1",  # glibc: those threads share one pool of memory
   JAX_PLATFORMS="cpu",
 )
 

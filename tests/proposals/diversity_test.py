@@ -31,6 +31,20 @@ def test_overlaps_equal_the_loop(monkeypatch, block):
   assert found.nnz == np.count_nonzero(expected)
 
 
+def test_of_too_many_overlaps_the_largest_are_kept(monkeypatch):
+  membership, sizes = random_sets(60)
+  every = diversity.find_overlaps(membership, sizes).toarray()
+  monkeypatch.setattr(diversity, "MAX_OVERLAPS", np.count_nonzero(every) // 2)
+  monkeypatch.setattr(diversity, "SAMPLE", 1)
+  kept = diversity.find_overlaps(membership, sizes).toarray()
+  # The diagonal counts too, and equal overlaps stay or go together.
+  assert 0.3 * every.astype(bool).sum() < kept.astype(bool).sum()
+  assert kept.astype(bool).sum() <= diversity.MAX_OVERLAPS
+  left_out = every[(every > 0) & (kept == 0)]
+  assert left_out.max() <= kept[kept > 0].min()
+  np.testing.assert_array_equal(kept[kept > 0], every[kept > 0])
+
+
 def expected_cover(taken, membership, sizes, probability):
   """What a set of proposals covers, from the definition."""
   total = 0.0
