@@ -13,6 +13,7 @@ import os
 import pathlib
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -106,12 +107,12 @@ def run(
   data = prepare(config, workdir)
   if mode == "prepare":
     return None
+  if mode == "proposal_quality":
+    return report_proposals(config, workdir, data)
   store = propose(config, workdir, data, shard=shard, num_shards=num_shards)
   if mode == "propose":
     print(f"proposals  {store.path} ({len(store)} images)")
     return None
-  if mode == "proposal_quality":
-    return report_proposals(config, workdir, data, store)
   if mode in ("all", "train"):
     run_training(config, workdir, data, store)
   if mode in ("all", "evaluate"):
@@ -220,6 +221,7 @@ def propose(
   workdir: pathlib.Path,
   data: PreparedData,
   *,
+  splits: Sequence[str] | None = None,
   shard: int = 0,
   num_shards: int = 1,
 ) -> stores.ProposalStore:
@@ -229,14 +231,22 @@ def propose(
     config: see configs/base.py.
     workdir: folder of the run.
     data: the images.
+    splits: of `data`; all of them if None.
     shard, num_shards: only each `num_shards`-th image, from `shard` on.
   """
   root = pathlib.Path(config.proposals.store or workdir / "proposals")
   maker = proposal_maker(config)
   # A store may serve several data sets, whose image ids may be the same.
   path = root / data.fingerprint / maker.key
-  for source in data.splits.values():
-    _fill(config, source, path, maker, shard=shard, num_shards=num_shards)
+  for split in splits or data.splits:
+    _fill(
+      config,
+      data.splits[split],
+      path,
+      maker,
+      shard=shard,
+      num_shards=num_shards,
+    )
   return stores.open_store(path)
 
 
@@ -268,9 +278,10 @@ def report_proposals(
   config: Config,
   workdir: pathlib.Path,
   data: PreparedData,
-  store: stores.ProposalStore,
 ) -> None:
   """Measures the proposals of the validation images: table, JSON, pictures.
+
+  Those that are missing are made first.
 
   Raises:
     InputError: no validation image has ground truth.
@@ -280,6 +291,7 @@ def report_proposals(
       f"the data set {data.name!r} has no validation images with ground truth;"
       " the quality of proposals cannot be measured"
     )
+  store = propose(config, workdir, data, splits=["val"])
   source, results, most = data.splits["val"], [], 1
   output = workdir / "proposal_quality"
   shown = max(len(source) // max(config.evaluation.pictures, 1), 1)

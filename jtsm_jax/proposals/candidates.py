@@ -14,8 +14,9 @@ import numpy as np
 import scipy.sparse
 
 from jtsm_jax.proposals import merge_tree
+from jtsm_jax.proposals.cues import relative
 from jtsm_jax.proposals.deep_features import standardise
-from jtsm_jax.proposals.region_graph import RegionGraph, distance, relative
+from jtsm_jax.proposals.region_graph import RegionGraph, distance
 
 COMPONENTS = 12  # principal components of the deep features that are kept
 NO_NODE = -1

@@ -47,7 +47,7 @@ def compute_cues(image: np.ndarray) -> Cues:
   lab = cv2.cvtColor(unit, cv2.COLOR_RGB2Lab) / 100
   lab[..., 1:] *= CHROMA_GAIN
 
-  g1, g2, g4 = (_relative(_gradient(blur(lab, s))) for s in (1, 2, 4))
+  g1, g2, g4 = (relative(_gradient(blur(lab, s))) for s in (1, 2, 4))
   colours = _words(blur(lab, 1))
   textons = _words(_texture_responses(lab[..., 0]))
   colour3 = _word_gradient(colours, sigma=3, shrink=2)
@@ -57,8 +57,8 @@ def compute_cues(image: np.ndarray) -> Cues:
     lab=lab,
     colours=colours,
     textons=textons,
-    fine=_relative(g1 + g2 + 0.7 * colour3),
-    coarse=_relative(
+    fine=relative(g1 + g2 + 0.7 * colour3),
+    coarse=relative(
       g1 + 1.5 * g2 + 0.5 * g4 + 1.4 * colour3 + 0.7 * colour7 + 0.7 * texture
     ),
   )
@@ -79,9 +79,10 @@ def blur(values: np.ndarray, sigma: float) -> np.ndarray:
   )
 
 
-def _relative(strength: np.ndarray) -> np.ndarray:
-  mean = float(strength.mean())
-  return strength / mean if mean > 0 else strength
+def relative(values: np.ndarray) -> np.ndarray:
+  """Values >= 0 over their mean; zeros where there is none."""
+  mean = values.mean() if values.size else 0.0
+  return values / mean if mean > 1e-9 else np.zeros_like(values)
 
 
 def _gradient(values: np.ndarray) -> np.ndarray:
@@ -190,4 +191,4 @@ def _word_gradient(
   strength = cv2.resize(
     strength, (width, height), interpolation=cv2.INTER_LINEAR
   )
-  return _relative(strength)
+  return relative(strength)

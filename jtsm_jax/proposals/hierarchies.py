@@ -15,8 +15,9 @@ import numpy as np
 import scipy.sparse
 import scipy.sparse.linalg
 
+from jtsm_jax.proposals.cues import relative
 from jtsm_jax.proposals.deep_features import standardise
-from jtsm_jax.proposals.region_graph import RegionGraph, distance, relative
+from jtsm_jax.proposals.region_graph import RegionGraph, distance
 
 DENSE_LIMIT = 200  # regions up to which all eigenvectors are computed
 TINY = 1e-9

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from jtsm_jax.proposals.cues import NUM_WORDS, Cues, region_means
+from jtsm_jax.proposals.cues import NUM_WORDS, Cues, region_means, relative
 from jtsm_jax.proposals.deep_features import DeepFeatures
 from jtsm_jax.proposals.superpixels import neighbour_pairs
 
@@ -106,9 +106,3 @@ def superpixel_boxes(superpixels: np.ndarray) -> np.ndarray:
 def distance(features: np.ndarray, pairs: np.ndarray) -> np.ndarray:
   """Euclidean distance of the features [S, C] of each pair, [E]."""
   return np.linalg.norm(features[pairs[:, 0]] - features[pairs[:, 1]], axis=1)
-
-
-def relative(values: np.ndarray) -> np.ndarray:
-  """Values >= 0 over their mean; zeros where there is none."""
-  mean = values.mean() if len(values) else 0.0
-  return values / mean if mean > 1e-9 else np.zeros_like(values)
