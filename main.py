@@ -29,6 +29,8 @@ _MODE = flags.DEFINE_enum(
   [
     "all",
     "prepare",
+    "audit",
+    "verify",
     "propose",
     "proposal_quality",
     "train",
@@ -41,12 +43,14 @@ _INPUT = flags.DEFINE_string(
   "input", None, "Folder of images to predict, for --mode=predict."
 )
 _SHARD = flags.DEFINE_integer(
-  "shard", 0, "For --mode=propose: which part of the images, from 0."
+  "shard",
+  0,
+  "For --mode=prepare and propose: which part of the images, from 0.",
 )
 _NUM_SHARDS = flags.DEFINE_integer(
   "num_shards",
   1,
-  "For --mode=propose: into how many parts the images are divided.",
+  "For --mode=prepare and propose: into how many parts they are divided.",
 )
 
 
@@ -59,8 +63,13 @@ def main(argv: list[str]) -> None:
       _fail(f"--{flag.name} is missing; see --help")
   if _MODE.value == "predict" and not _INPUT.value:
     _fail("--mode=predict needs --input=FOLDER")
-  if _NUM_SHARDS.value != 1 and _MODE.value != "propose":
-    _fail("--num_shards is for --mode=propose")
+  if _NUM_SHARDS.value != 1 and _MODE.value not in ("prepare", "propose"):
+    _fail("--num_shards is for --mode=prepare and --mode=propose")
+  if not 0 <= _SHARD.value < _NUM_SHARDS.value:
+    _fail(
+      f"--shard={_SHARD.value}: wanted 0 .. {_NUM_SHARDS.value - 1}, below"
+      " --num_shards"
+    )
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax and TFDS tell too much
   sys.stdout.reconfigure(line_buffering=True)  # in order, in a log file too

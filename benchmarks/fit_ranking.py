@@ -28,9 +28,10 @@ import optax
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+from jtsm_jax import workers
 from jtsm_jax.data.panoptic_files import read_panoptic
 from jtsm_jax.data.transforms import decode_image
-from jtsm_jax.proposals import generate, quality, ranking, workers
+from jtsm_jax.proposals import generate, quality, ranking
 from jtsm_jax.types import VOID, Categories
 
 TEMPERATURE = 0.02  # of the IoU below the best, in the targets

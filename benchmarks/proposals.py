@@ -28,6 +28,7 @@ from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+from jtsm_jax import workers
 from jtsm_jax.data.panoptic_files import read_panoptic
 from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.proposals import (
@@ -35,7 +36,6 @@ from jtsm_jax.proposals import (
   quality,
   ranking,
   record_format,
-  workers,
 )
 from jtsm_jax.types import VOID, Categories, Proposals
 

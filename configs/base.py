@@ -17,8 +17,16 @@ def get_config() -> ml_collections.ConfigDict:
 
   # Data. Sizes are (height, width) in pixels, multiples of the stride.
   c.data = ml_collections.ConfigDict()
-  c.data.name = "folder"  # "folder" or "shapes"
-  c.data.root = ""  # of "folder": the directory with classes.json and images/
+  # "folder", "shapes", "voc_panoptic", "voc_detection", "coco_panoptic" or
+  # "coco_instances", see docs/data.md.
+  c.data.name = "folder"
+  c.data.root = ""  # the folder of the data set's own files
+  c.data.year = "2012"  # of VOC: "2007" or "2012"
+  c.data.train_set = ""  # of VOC and COCO; "" for the usual one
+  c.data.val_set = ""
+  c.data.sbd = ""  # of "voc_panoptic": the folder of SBD, or none
+  # Where VOC's masks come from first: "voc", or "sbd" as the authors.
+  c.data.annotation_source = "voc"
   c.data.prepared = ""  # prepared records; default WORKDIR/data
   c.data.max_bad_fraction = 0.01  # unreadable images before the run aborts
   c.data.shapes = ml_collections.ConfigDict()  # of "shapes": the generator

@@ -1,4 +1,4 @@
-"""The modes of main.py: prepare, propose, train, evaluate, predict.
+"""The modes of main.py: prepare, audit, propose, train, evaluate, predict.
 
 Each function does one mode and nothing that is already done. This is where the
 configuration is read and handed on as plain arguments.
@@ -22,11 +22,15 @@ import numpy as np
 from absl import logging
 
 from jtsm_jax.console import say
-from jtsm_jax.data import folder, prepared, shapes
+from jtsm_jax.data import coco, folder, prepared, shapes, voc
+from jtsm_jax.data.audit import audit, audit_table, class_table
 from jtsm_jax.data.panoptic_files import write_panoptic
 from jtsm_jax.data.pipeline import with_fallback
+from jtsm_jax.data.prepare import prepare as write_prepared
 from jtsm_jax.data.prepared import PreparedData
+from jtsm_jax.data.source import Source
 from jtsm_jax.data.transforms import decode_image
+from jtsm_jax.data.verify import verify
 from jtsm_jax.evaluation.class_calibration import (
   ClassCalibration,
   load_calibration,
@@ -69,8 +73,26 @@ FREE_FIELDS = (
 )
 """Fields that may change between two runs in one workdir."""
 
-DATA_FIELDS = ("data.name", "data.root", "data.shapes")
+DATA_FIELDS = (
+  "data.name",
+  "data.root",
+  "data.year",
+  "data.train_set",
+  "data.val_set",
+  "data.sbd",
+  "data.annotation_source",
+  "data.shapes",
+)
 """Fields that the prepared data depend on."""
+
+DATA_SETS = (
+  "shapes",
+  "folder",
+  "voc_panoptic",
+  "voc_detection",
+  "coco_panoptic",
+  "coco_instances",
+)
 
 
 def run(
@@ -104,8 +126,15 @@ def run(
   claim_workdir(workdir, config)
   if mode == "predict":
     return predict_folder(config, workdir, images)
+  if mode == "prepare" and num_shards > 1:
+    return prepare_shard(config, workdir, shard=shard, num_shards=num_shards)
+  if mode == "audit":
+    return audit_data(config, workdir)
+  if mode == "verify":
+    return verify_data(config, workdir)
   data = prepare(config, workdir)
   if mode == "prepare":
+    print(class_table(data))
     return None
   if mode == "proposal_quality":
     return report_proposals(config, workdir, data)
@@ -143,7 +172,7 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
   except ValueError as error:
     raise InputError(f"{path} is damaged ({error}); remove it") from error
   trained = _is_trained(workdir)
-  is_prepared = prepared.is_prepared(config.data.prepared or workdir / "data")
+  is_prepared = prepared.is_prepared(prepared_directory(config, workdir))
 
   def is_fixed(name: str) -> bool:
     if trained:
@@ -188,10 +217,10 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def prepare(config: Config, workdir: pathlib.Path) -> PreparedData:
   """Prepares the data set unless it is prepared, and opens it."""
-  directory = pathlib.Path(config.data.prepared or workdir / "data")
+  directory = prepared_directory(config, workdir)
   if not prepared.is_prepared(directory):
-    prepared.prepare(
-      _source(config),
+    write_prepared(
+      data_source(config),
       directory,
       max_bad_fraction=config.data.max_bad_fraction,
     )
@@ -201,18 +230,97 @@ def prepare(config: Config, workdir: pathlib.Path) -> PreparedData:
   return data
 
 
-def _source(config: Config) -> prepared.Source:
-  if config.data.name == "shapes":
-    return shapes.shapes_source(**config.data.shapes)
-  if config.data.name == "folder":
-    if not config.data.root:
-      raise InputError(
-        "config.data.root is empty; give the folder with classes.json, images/ "
-        "and train_tags.csv: --config.data.root=DIR"
-      )
-    return folder.folder_source(config.data.root)
-  raise InputError(
-    f"config.data.name is {config.data.name!r}; wanted 'shapes' or 'folder'"
+def prepare_shard(
+  config: Config, workdir: pathlib.Path, *, shard: int, num_shards: int
+) -> None:
+  """Prepares a part of the data set; the last one to finish completes it."""
+  directory = prepared_directory(config, workdir)
+  if not prepared.is_prepared(directory):
+    write_prepared(
+      data_source(config),
+      directory,
+      max_bad_fraction=config.data.max_bad_fraction,
+      shard=shard,
+      num_shards=num_shards,
+    )
+  if prepared.is_prepared(directory):
+    print(class_table(prepared.open_prepared(directory)))
+  else:
+    print(f"shard {shard} of {num_shards} is written; others are missing")
+
+
+def audit_data(config: Config, workdir: pathlib.Path) -> None:
+  """Prints what the prepared data hold.
+
+  Raises:
+    InputError: training records hold more than image, id and tags.
+  """
+  directory = prepared_directory(config, workdir)
+  result = audit(directory)
+  print(audit_table(result))
+  if result.faults:
+    raise InputError(
+      f"{directory}: {len(result.faults)} faults, see above; remove the folder"
+      " and prepare the data set again"
+    )
+
+
+def verify_data(config: Config, workdir: pathlib.Path) -> None:
+  """Reads all of the prepared data, and prints each bad record.
+
+  Raises:
+    InputError: there is any.
+  """
+  directory = prepared_directory(config, workdir)
+  faults = verify(directory)
+  for fault in faults:
+    print(fault)
+  if faults:
+    raise InputError(
+      f"{directory}: {len(faults)} bad records, see above; remove the folder"
+      " and prepare the data set again"
+    )
+  print(f"{directory}: every record is as it was prepared")
+
+
+def prepared_directory(config: Config, workdir: pathlib.Path) -> pathlib.Path:
+  """Where the prepared data are."""
+  return pathlib.Path(config.data.prepared or workdir / "data")
+
+
+def data_source(config: Config) -> Source:
+  """The data set that `config.data` names.
+
+  Raises:
+    InputError: there is none of this name, or its root is not given.
+  """
+  c = config.data
+  if c.name == "shapes":
+    return shapes.shapes_source(**c.shapes)
+  if c.name not in DATA_SETS:
+    raise InputError(
+      f"config.data.name is {c.name!r}; wanted one of {DATA_SETS}"
+    )
+  if not c.root:
+    raise InputError(
+      "config.data.root is empty; give the folder of the data set:"
+      " --config.data.root=DIR (docs/data.md)"
+    )
+  sets = {k: c[k] for k in ("train_set", "val_set") if c[k]}
+  if c.name == "folder":
+    return folder.folder_source(c.root)
+  if c.name == "coco_panoptic":
+    return coco.coco_panoptic_source(c.root, **sets)
+  if c.name == "coco_instances":
+    return coco.coco_instances_source(c.root, **sets)
+  if c.name == "voc_detection":
+    return voc.voc_detection_source(c.root, year=c.year, **sets)
+  return voc.voc_panoptic_source(
+    c.root,
+    year=c.year,
+    sbd=c.sbd,
+    annotation_source=c.annotation_source,
+    **sets,
   )
 
 
@@ -533,7 +641,7 @@ def predict_folder(
   config: Config, workdir: pathlib.Path, images: pathlib.Path
 ) -> None:
   """Predicts a folder of images: COCO panoptic PNG + JSON and overlays."""
-  directory = pathlib.Path(config.data.prepared or workdir / "data")
+  directory = prepared_directory(config, workdir)
   categories = prepared.open_prepared(directory).categories
   source = folder.ImageFolder(images, num_classes=len(categories))
   output = workdir / "predictions" / images.resolve().name

@@ -243,15 +243,38 @@ class PanopticMap:
 
 
 @dataclasses.dataclass(frozen=True)
+class Instances:
+  """Ground truth of the things of one image, which may overlap.
+
+  Attributes:
+    category: [N] int32 class index.
+    boxes: [N, 4] float64 (y0, x0, y1, x1), pixels, half-open; may be fractions.
+    area: [N] float64, pixels, as the data set counts them.
+    is_crowd: [N] bool, COCO's crowd flag.
+    is_difficult: [N] bool, VOC's flag.
+    rles: N masks as COCO's compressed run lengths (`counts`), or () where there
+      are boxes alone.
+  """
+
+  category: np.ndarray
+  boxes: np.ndarray
+  area: np.ndarray
+  is_crowd: np.ndarray
+  is_difficult: np.ndarray
+  rles: tuple[bytes, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Record:
-  """One image of a prepared data set.
+  """One image of a data set.
 
   Attributes:
     image_id: unique in its split; a file-system safe string.
     image: the encoded file (JPEG or PNG bytes).
-    height, width: pixels, after EXIF rotation.
+    height, width: pixels, after EXIF rotation; 0 while they are not known.
     tags: class indices, ascending, the image's own tags.
-    target: the ground truth; None in every training split.
+    target: the panoptic ground truth; None in every training split.
+    instances: the ground truth of its things; None in every training split.
   """
 
   image_id: str
@@ -260,3 +283,4 @@ class Record:
   width: int
   tags: tuple[int, ...]
   target: PanopticMap | None = None
+  instances: Instances | None = None

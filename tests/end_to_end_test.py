@@ -420,7 +420,7 @@ def folder(tmp_path_factory):
   (root / "classes.json").write_text(json.dumps(SHAPES_CATEGORIES.to_list()))
   source = shapes_source(seed=0, side=64, num_train=12, num_val=6)
   targets = []
-  for split, records in (("train", source.train), ("val", source.val)):
+  for split, records in source.splits.items():
     rows = ["image,tags"]
     for record in records:
       name = f"{record.image_id}.jpg"

@@ -8,6 +8,7 @@ import pytest
 
 from jtsm_jax import run
 from jtsm_jax.data import prepared
+from jtsm_jax.data.prepare import prepare
 from jtsm_jax.data.shapes import shapes_source
 from jtsm_jax.types import InputError
 from tests.configs import tiny
@@ -27,7 +28,7 @@ def root(tmp_path_factory):
   root = tmp_path_factory.mktemp("run")
   for seed in (0, 1):
     source = shapes_source(seed=seed, num_train=2, num_val=1, side=64)
-    prepared.prepare(source, root / f"data{seed}")
+    prepare(source, root / f"data{seed}")
   return root
 
 

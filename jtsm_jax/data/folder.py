@@ -3,9 +3,15 @@
     classes.json         [{"id": 1, "name": "cow", "isthing": 1}, ...]
     images/              JPEG, PNG, ...; folders inside it are allowed
     train_tags.csv       image,tags     a.jpg,cow;grass
-    val_tags.csv         the same, optional
-    panoptic_val.json    COCO panoptic ground truth of "val", optional
+      or train_tags.json   {"a.jpg": ["cow", "grass"], ...}
+    val_tags.csv         the same, optional, or val_tags.json
+
+and, optionally, the ground truth of "val" in one of these forms:
+
+    panoptic_val.json    COCO's panoptic format, with
     panoptic_val/        its PNG files
+    instances_val.json   COCO's instance format
+    labels_val/          a PNG file of class ids for each image
 
 Training reads the first three only.
 """
@@ -16,25 +22,45 @@ import csv
 import dataclasses
 import difflib
 import hashlib
+import io
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
+import cv2
 import numpy as np
+from PIL import Image
 
-from jtsm_jax.data.panoptic_files import read_json, read_panoptic
-from jtsm_jax.data.prepared import Source
-from jtsm_jax.data.transforms import decode_image
-from jtsm_jax.types import Categories, InputError, PanopticMap, Record
+from jtsm_jax.data.coco import read_instances
+from jtsm_jax.data.panoptic_files import (
+  read_file,
+  read_json,
+  read_panoptic,
+  safe_path,
+)
+from jtsm_jax.data.source import LazyRecords, Source
+from jtsm_jax.data.transforms import MAX_PIXELS, decode_image
+from jtsm_jax.types import (
+  VOID,
+  Categories,
+  InputError,
+  PanopticMap,
+  Record,
+  Segment,
+)
 
-_LAYOUT = "a data folder holds classes.json, images/ and train_tags.csv"
+_LAYOUT = (
+  "a data folder holds classes.json, images/ and train_tags.csv (or .json)"
+)
+_TABLE_SUFFIXES = (".csv", ".json")
+_TRUTHS = ("panoptic_val.json", "instances_val.json", "labels_val")
 
 
 @dataclasses.dataclass(frozen=True)
 class FolderEntry:
-  """One row of a table of tags.
+  """One image of a table of tags.
 
   Attributes:
     image_id: made from `name`: without the ending, safe as a file name.
@@ -59,7 +85,7 @@ def read_folder(
 
   Returns:
     (classes, training entries, validation entries), entries in the order of the
-    tables. Without a val_tags.csv there are no validation entries.
+    tables. Without a table for them there are no validation entries.
 
   Raises:
     InputError: anything in the folder that is missing, unknown or inconsistent.
@@ -67,20 +93,20 @@ def read_folder(
   root = Path(root)
   if not root.is_dir():
     raise InputError(f"{root}: no such folder; {_LAYOUT}")
-  for name in ("classes.json", "train_tags.csv"):
-    if not (root / name).is_file():
-      raise InputError(f"{root / name}: no such file; {_LAYOUT}")
+  if not (root / "classes.json").is_file():
+    raise InputError(f"{root / 'classes.json'}: no such file; {_LAYOUT}")
+  train_table, val_table = _table(root, "train"), _table(root, "val")
+  if train_table is None:
+    raise InputError(f"{root / 'train_tags.csv'}: no such file; {_LAYOUT}")
   if not (root / "images").is_dir():
     raise InputError(f"{root / 'images'}: no such folder; {_LAYOUT}")
   categories = _read_classes(root / "classes.json")
-  train = _read_tags(root / "train_tags.csv", categories, need_tags=True)
+  train = _read_tags(train_table, categories, need_tags=True)
   if not train:
-    raise InputError(
-      f"{root / 'train_tags.csv'}: has no rows; list the training images"
-    )
+    raise InputError(f"{train_table}: has no rows; list the training images")
   val = []
-  if (root / "val_tags.csv").exists():
-    val = _read_tags(root / "val_tags.csv", categories, need_tags=False)
+  if val_table is not None:
+    val = _read_tags(val_table, categories, need_tags=False)
   _check_ids(train, val)
   return categories, train, val
 
@@ -95,48 +121,144 @@ def folder_source(
     name: of the data set; the folder's name if None.
 
   Returns:
-    Training records without targets; validation records with them where
-    `panoptic_val.json` exists.
+    Training records without ground truth. Validation records have a `target`
+    where there is a `panoptic_val.json` or `labels_val/`, and `instances` where
+    there is an `instances_val.json`.
 
   Raises:
-    InputError: as `read_folder`, and where a validation image has no ground
-      truth in a `panoptic_val.json` that exists.
+    InputError: as `read_folder`, and where there is ground truth of more than
+      one form, or it lacks a validation image or is damaged.
   """
   root = Path(root)
   categories, train, val = read_folder(root)
   _report(root, train, val)
-  targets = None
-  annotations = root / "panoptic_val.json"
-  if val and annotations.exists():
-    targets = read_panoptic(annotations, root / "panoptic_val", categories)
-    lacking = [entry.name for entry in val if entry.name not in targets]
-    if lacking:
-      raise InputError(
-        f"{annotations}: {len(lacking)} images of val_tags.csv have no"
-        f" annotation, e.g. {lacking[0]!r}; add it or remove the row"
-      )
+  truths = [root / name for name in _TRUTHS if (root / name).exists()]
+  if len(truths) > 1:
+    raise InputError(
+      f"{root}: holds ground truth of {len(truths)} forms,"
+      f" {' and '.join(path.name for path in truths)}; keep one"
+    )
+  if truths and not val:
+    print(
+      f"{truths[0]} is not used, since no val_tags.csv lists an image",
+      file=sys.stderr,
+    )
+  splits = {"train": LazyRecords(len(train), lambda i: _record(train[i]))}
+  if val:
+    read = _truth_reader(truths[0], categories, val) if truths else _record
+    splits["val"] = LazyRecords(len(val), lambda i: read(val[i]))
   return Source(
     name=name or root.resolve().name,
     categories=categories,
-    train=_records(train, None),
-    val=_records(val, targets) if val else None,
-    num_train=len(train),
-    num_val=len(val),
+    splits=splits,
   )
 
 
-def _records(
-  entries: list[FolderEntry], targets: Mapping[str, PanopticMap] | None
-) -> Iterator[Record]:
-  for entry in entries:
-    target = None if targets is None else targets[entry.name]
-    try:
-      data = entry.path.read_bytes()
-    except OSError as error:
+def _record(entry: FolderEntry, **truth) -> Record:
+  image = read_file(entry.path)
+  size = {"height": 0, "width": 0}
+  return Record(entry.image_id, image, tags=entry.tags, **(size | truth))
+
+
+def _truth_reader(
+  path: Path, categories: Categories, entries: list[FolderEntry]
+) -> Callable[[FolderEntry], Record]:
+  """What reads a record with its ground truth, which all entries must have."""
+  if path.name == "labels_val":
+    if not path.is_dir():
+      raise InputError(f"{path}: is no folder; it must hold PNG files")
+    files = {entry.name: _label_file(path, entry) for entry in entries}
+    _check_lacking(path, [n for n, file in files.items() if not file.is_file()])
+    return lambda entry: _record(
+      entry, target=_read_labels(files[entry.name], categories)
+    )
+  if path.name == "instances_val.json":
+    instances = read_instances(path, categories)
+    _check_lacking(path, [e.name for e in entries if e.name not in instances])
+
+    def read(entry: FolderEntry) -> Record:
+      height, width = instances.size(entry.name)
+      found = instances[entry.name]
+      return _record(entry, height=height, width=width, instances=found)
+
+    return read
+  targets = read_panoptic(path, path.with_suffix(""), categories)
+  _check_lacking(path, [e.name for e in entries if e.name not in targets])
+  return lambda entry: _record(entry, target=targets[entry.name])
+
+
+def _check_lacking(path: Path, names: list[str]) -> None:
+  if names:
+    raise InputError(
+      f"{path}: {len(names)} images of the table of validation images have no"
+      f" annotation, e.g. {names[0]!r}; add it or remove the row"
+    )
+
+
+def _label_file(folder: Path, entry: FolderEntry) -> Path:
+  name = PurePosixPath(entry.name).with_suffix(".png").as_posix()
+  return safe_path(folder, name, f"{folder}: the labels of {entry.name!r}")
+
+
+def _read_labels(path: Path, categories: Categories) -> PanopticMap:
+  """Reads a PNG file of class ids.
+
+  Touching things of one class cannot be told apart: each connected region is
+  one thing. All of a stuff class is one segment.
+  """
+  labels = _decode_labels(path)
+  found = set(np.unique(labels).tolist())
+  unknown = sorted(found - {c.id for c in categories.items} - {0, 255})
+  if unknown:
+    raise InputError(
+      f"{path}: has pixels of the values {unknown[:10]}, which are no ids of"
+      " classes.json; correct them, or write 0 or 255 where there is no class"
+    )
+  ids = np.full(labels.shape, VOID, np.int32)
+  segments: list[Segment] = []
+  for index, category in enumerate(categories.items):
+    if category.id not in found:
+      continue
+    mask = labels == category.id
+    regions = mask.astype(np.int32)
+    if category.is_thing:
+      _, regions = cv2.connectedComponents(
+        mask.astype(np.uint8), connectivity=8
+      )
+    before = len(segments)
+    ids[mask] = regions[mask] + before
+    areas = np.bincount(regions[mask])[1:]
+    segments += [
+      Segment(before + n, index, category.is_thing, 1.0, int(area))
+      for n, area in enumerate(areas, 1)
+    ]
+  return PanopticMap(ids, tuple(segments))
+
+
+def _decode_labels(path: Path) -> np.ndarray:
+  """The values of a PNG file, [H, W] int32."""
+  data = read_file(path)
+  # Pillow stretches grey of fewer than 8 bits, so the file's own header counts.
+  depth, colour = (*data[24:26], 0, 0)[:2]
+  try:
+    image = Image.open(io.BytesIO(data), formats=("PNG",))
+    width, height = image.size
+    palette, grey = colour == 3, colour == 0 and depth in (8, 16)
+    if not (palette or grey):
       raise InputError(
-        f"{entry.path}: cannot be read ({error.strerror}); check the file"
-      ) from error
-    yield Record(entry.image_id, data, 0, 0, entry.tags, target)
+        f"{path}: is a PNG of {depth} bits and colour type {colour}; class ids"
+        " are stored as a palette or as grey of 8 or 16 bits"
+      )
+    if height * width > MAX_PIXELS:
+      raise InputError(
+        f"{path}: {height} x {width} pixels are more than the limit of"
+        f" {MAX_PIXELS}; scale the image and its labels down"
+      )
+    return np.asarray(image).astype(np.int32)
+  except InputError:
+    raise
+  except Exception as error:  # Pillow raises whatever it meets.
+    raise InputError(f"{path}: cannot be decoded ({error})") from error
 
 
 def _report(
@@ -155,14 +277,8 @@ def _report(
   both = {entry.name for entry in train} & {entry.name for entry in val}
   if both:
     print(
-      f"{root}: {len(both)} images are in train_tags.csv and in val_tags.csv,"
+      f"{root}: {len(both)} images are in both tables of tags, train and val,"
       f" e.g. {min(both)!r}; figures measured on them are too good",
-      file=sys.stderr,
-    )
-  if (root / "panoptic_val.json").exists() and not val:
-    print(
-      f"{root}: panoptic_val.json is not used, since val_tags.csv lists no"
-      " image",
       file=sys.stderr,
     )
 
@@ -199,21 +315,32 @@ def _read_classes(path: Path) -> Categories:
   return Categories.from_list(entries)
 
 
+def _table(root: Path, split: str) -> Path | None:
+  """The table of a split, of either form."""
+  csv_file, json_file = (root / f"{split}_tags{end}" for end in _TABLE_SUFFIXES)
+  if csv_file.exists() and json_file.exists():
+    raise InputError(
+      f"{root}: holds {csv_file.name} and {json_file.name}; keep one"
+    )
+  found = [path for path in (csv_file, json_file) if path.exists()]
+  return found[0] if found else None
+
+
 def _read_tags(
   path: Path, categories: Categories, *, need_tags: bool
 ) -> list[FolderEntry]:
   images = path.parent / "images"
   index_of = {name: i for i, name in enumerate(categories.names)}
-  entries, line_of = [], {}
-  for line, name, text in _rows(path):
-    where = f"{path}, line {line}"
+  entries, place_of = [], {}
+  rows = _csv_rows(path) if path.suffix == ".csv" else _json_rows(path)
+  for place, name, names in rows:
+    where = f"{path}, {place}"
     file = _image_file(images, name, where)
-    if file in line_of:
+    if file in place_of:
       raise InputError(
-        f"{where}: image {name!r} is also in line {line_of[file]}; keep one row"
+        f"{where}: image {name!r} is also in {place_of[file]}; keep one row"
       )
-    line_of[file] = line
-    names = [tag.strip() for tag in text.split(";") if tag.strip()]
+    place_of[file] = place
     unknown = [tag for tag in names if tag not in index_of]
     if unknown:
       raise InputError(f"{where}: {_unknown_tag(unknown[0], categories)}")
@@ -227,8 +354,22 @@ def _read_tags(
   return entries
 
 
-def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
-  """Yields (line number, image, tags) of a CSV file."""
+def _json_rows(path: Path) -> Iterator[tuple[str, str, list[str]]]:
+  """Yields (place in the file, image, tags) of a JSON file."""
+  table = read_json(path, unique_keys=True)
+  wanted = '{"a.jpg": ["cow", "grass"], ...}'
+  if not isinstance(table, dict):
+    raise InputError(f"{path}: holds a {type(table).__name__}; wanted {wanted}")
+  for name, tags in table.items():
+    if not isinstance(tags, list) or not all(isinstance(t, str) for t in tags):
+      raise InputError(
+        f"{path}, entry {name!r}: {tags!r} is no list of tags; wanted {wanted}"
+      )
+    yield f"entry {name!r}", name, tags
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, str, list[str]]]:
+  """Yields (place in the file, image, tags) of a CSV file."""
   try:
     with open(path, encoding="utf-8-sig", newline="") as file:
       reader = csv.DictReader(file, skipinitialspace=True, strict=True)
@@ -252,7 +393,8 @@ def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
             f"{where}: a row must be image,tags; found"
             f" {','.join(v for v in row.values() if v)!r}"
           )
-        yield reader.line_num, name.strip(), tags
+        names = [tag.strip() for tag in tags.split(";") if tag.strip()]
+        yield f"line {reader.line_num}", name.strip(), names
   except (OSError, UnicodeDecodeError, csv.Error) as error:
     raise InputError(
       f"{path}: is no readable CSV in UTF-8 ({error}); save it as such"
@@ -261,23 +403,12 @@ def _rows(path: Path) -> Iterator[tuple[int, str, str]]:
 
 def _image_file(images: Path, name: str, where: str) -> Path:
   """The path of an image, which must exist inside `images`."""
-  parts = PurePosixPath(name)
-  if parts.is_absolute() or ".." in parts.parts:
-    raise InputError(
-      f"{where}: image {name!r} leaves the folder; give a path relative to"
-      f" {images}, without '..'"
-    )
-  path = images / parts
+  path = safe_path(images, name, where)
   if not path.is_file():
     names = [p.relative_to(images).as_posix() for p in images.rglob("*")]
     raise InputError(
       f"{where}: image {name!r} is not in {images}{_hint(name, names)}; add it"
       " or remove the row"
-    )
-  if not path.resolve().is_relative_to(images.resolve()):
-    raise InputError(
-      f"{where}: image {name!r} is a link that leaves {images}; put the file"
-      " itself there"
     )
   return path
 

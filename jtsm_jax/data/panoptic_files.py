@@ -6,15 +6,17 @@ the format; everything else works on `PanopticMap`.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from jtsm_jax.data.transforms import MAX_PIXELS
 from jtsm_jax.types import (
   VOID,
   Categories,
@@ -52,12 +54,24 @@ def decode_ids(colours: np.ndarray) -> np.ndarray:
 class PanopticFiles(Mapping[str, PanopticMap]):
   """Ground truth by image file name; each map is read when asked for."""
 
-  def __init__(self, folder: Path, entries: dict[str, dict[str, Any]]):
-    self._folder = folder
+  def __init__(self, entries: dict[str, dict[str, Any]]):
+    """Args: of each image file, the arguments of `_read_map`."""
     self._entries = entries
 
   def __getitem__(self, image_file: str) -> PanopticMap:
-    return _read_map(self._folder, **self._entries[image_file])
+    return _read_map(**self._entries[image_file])
+
+  def png_bytes(self, image_file: str) -> bytes:
+    """The PNG file of an image as it is, to be stored without a new encoding.
+
+    Nothing of it is checked; looking up the map does that.
+
+    Raises:
+      KeyError: there is no such image.
+      InputError: the file cannot be read.
+    """
+    entry = self._entries[image_file]
+    return _png_bytes(entry["path"], entry["json_file"])
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._entries)
@@ -83,8 +97,8 @@ def read_panoptic(
     are counted in the PNG.
 
   Raises:
-    InputError: a file is missing or damaged, a category is unknown, or (at
-      look-up) PNG and JSON disagree on ids or size.
+    InputError: a file is missing or damaged, a category is unknown, a PNG lies
+      outside `folder`, or (at look-up) PNG and JSON disagree on ids or size.
   """
   json_file, folder = Path(json_file), Path(folder)
   if not folder.is_dir():
@@ -93,51 +107,41 @@ def read_panoptic(
       " names"
     )
   data = read_json(json_file)
-  if not isinstance(data, dict):
-    raise InputError(
-      f"{json_file}: holds a {type(data).__name__}, not COCO's object with"
-      " 'images' and 'annotations'"
-    )
   index_of = {c.id: i for i, c in enumerate(categories.items)}
-  _check_categories(json_file, data.get("categories", []), categories)
-  images = {
-    _field(e, "id", json_file, "an image"): e
-    for e in _field(data, "images", json_file, "the JSON")
-  }
+  check_categories(json_file, data, categories)
+  images = json_images(json_file, data)
   entries = {}
-  for annotation in _field(data, "annotations", json_file, "the JSON"):
-    image_id = _field(annotation, "image_id", json_file, "an annotation")
+  for annotation in json_field(
+    data, "annotations", json_file, "the JSON", kind=list
+  ):
+    image_id = json_field(annotation, "image_id", json_file, "an annotation")
     where = f"the annotation of image {image_id!r}"
-    if image_id not in images:
+    image = images.get(json_key(image_id))
+    if image is None:
       raise InputError(
         f"{json_file}: {where} has no entry in 'images'; add the image or"
         " remove the annotation"
       )
-    image = images[image_id]
-    image_file = _field(image, "file_name", json_file, f"image {image_id!r}")
+    image_file = image["file_name"]
     if image_file in entries:
       raise InputError(
         f"{json_file}: image {image_file!r} is annotated twice; keep one"
       )
-    png = str(_field(annotation, "file_name", json_file, where))
-    if Path(png).is_absolute() or ".." in Path(png).parts:
-      raise InputError(
-        f"{json_file}: {where} names the file {png!r}, which leaves {folder};"
-        " give a path inside that folder"
-      )
-    infos = _field(annotation, "segments_info", json_file, where)
+    png = json_field(annotation, "file_name", json_file, where)
+    infos = json_field(annotation, "segments_info", json_file, where, kind=list)
     segments = []
     for info in infos:
-      category = _field(info, "category_id", json_file, f"a segment in {where}")
-      if category not in index_of:
+      what = f"a segment in {where}"
+      category = json_field(info, "category_id", json_file, what)
+      index = index_of.get(json_key(category))
+      if index is None:
         raise InputError(
           f"{json_file}: {where} has category_id {category}, which is none of"
           f" the data set's {sorted(index_of)}; correct it or add the class"
         )
-      index = index_of[category]
       segments.append(
         Segment(
-          id=int(_field(info, "id", json_file, f"a segment in {where}")),
+          id=json_field(info, "id", json_file, what, kind=int),
           category=index,
           is_thing=categories.items[index].is_thing,
           score=float(info.get("score", 1.0)),
@@ -145,37 +149,198 @@ def read_panoptic(
           is_crowd=bool(info.get("iscrowd", 0)),
         )
       )
-    size = (image.get("height"), image.get("width"))
     entries[image_file] = dict(
-      png=png, segments=segments, size=size, json_file=json_file
+      path=safe_path(folder, png, f"{json_file}: {where}"),
+      segments=segments,
+      size=(image.get("height"), image.get("width")),
+      json_file=json_file,
     )
-  return PanopticFiles(folder, entries)
+  return PanopticFiles(entries)
 
 
-def read_json(path: Path) -> Any:
-  """Reads a JSON file; InputError if it is missing or damaged."""
+def safe_path(folder: str | os.PathLike, name: str, where: str) -> Path:
+  """The path of a file that a data set's own table names.
+
+  A data set may come from a stranger, so its table must not lead out of it.
+
+  Args:
+    folder: which the file has to lie in; the folder itself may be a link.
+    name: of the file, relative to `folder`.
+    where: what names the file; error messages begin with it.
+
+  Returns:
+    `folder / name`, whether or not there is such a file.
+
+  Raises:
+    InputError: the name is empty or no text, absolute, contains '..', or leaves
+      the folder by a link.
+  """
+  path = PurePosixPath(name) if isinstance(name, str) else None
+  if path is None or not path.parts or not _can_be_opened(name):
+    raise InputError(
+      f"{where}: {name!r} is no name of a file; give a path relative to"
+      f" {folder}"
+    )
+  if path.is_absolute() or ".." in path.parts:
+    raise InputError(
+      f"{where}: {name!r} leaves the folder; give a path relative to {folder},"
+      " without '..'"
+    )
+  file = Path(folder)
+  for part in path.parts:
+    file = file / part
+    # Only links can lead out, and to resolve every path takes long.
+    if file.is_symlink() and not _is_inside(file, folder):
+      raise InputError(
+        f"{where}: {name!r} is a link that leaves {folder}; put the file itself"
+        " there"
+      )
+  return file
+
+
+def _can_be_opened(name: str) -> bool:
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return b"\0" not in os.fsencode(name)
+  except UnicodeEncodeError:  # Half a surrogate pair.
+    return False
+
+
+def _is_inside(file: Path, folder: str | os.PathLike) -> bool:
+  real = os.path.realpath(file)
+  return Path(real).is_relative_to(os.path.realpath(folder))
+
+
+def read_file(path: Path) -> bytes:
+  """The bytes of a file of a data set; InputError if it cannot be read."""
+  try:
+    return path.read_bytes()
+  except OSError as error:
+    raise InputError(
+      f"{path}: cannot be read ({error.strerror}); check the file"
+    ) from error
+
+
+def read_json(path: Path, *, unique_keys: bool = False) -> Any:
+  """Reads a JSON file.
+
+  Args:
+    path: of the file; UTF-8, with or without a byte-order mark.
+    unique_keys: refuse an object that has a key twice, instead of taking the
+      last.
+
+  Raises:
+    InputError: the file is missing or damaged, or a key occurs twice.
+  """
+
+  def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = {}
+    for key, value in pairs:
+      if key in content:
+        raise InputError(f"{path}: the key {key!r} occurs twice; keep one")
+      content[key] = value
+    return content
+
+  try:
+    return json.loads(
+      path.read_text(encoding="utf-8-sig"),
+      object_pairs_hook=no_twins if unique_keys else None,
+    )
   except FileNotFoundError:
     raise InputError(f"{path}: no such file; it is needed here") from None
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise InputError(f"{path}: is no readable JSON ({error})") from error
 
 
-def _field(entry: dict[str, Any], name: str, path: Path, what: str) -> Any:
+def json_field(
+  entry: Any, name: str, path: Path, what: str, *, kind: type = object
+) -> Any:
+  """`entry[name]` of a JSON file.
+
+  Args:
+    entry: a part of the file, an object.
+    name: of the field.
+    path: of the file, for the message.
+    what: the part is, for the message.
+    kind: of the value.
+
+  Raises:
+    InputError: there is no such field, or its value is of another kind.
+  """
   if not isinstance(entry, dict) or name not in entry:
     found = sorted(entry) if isinstance(entry, dict) else repr(entry)
     raise InputError(f"{path}: {what} has no {name!r}; found {found}")
-  return entry[name]
+  value = entry[name]
+  if not isinstance(value, kind):
+    raise InputError(
+      f"{path}: {name!r} of {what} is {_short(value)}; it must be of the type"
+      f" {kind.__name__}"
+    )
+  return value
 
 
-def _check_categories(
-  path: Path, found: list[dict[str, Any]], categories: Categories
-) -> None:
-  """The names that the JSON gives to the ids must be those of the classes."""
+def json_key(value: Any) -> int | float | str | None:
+  """An id of a JSON file that can be looked up; None if it is no such thing."""
+  return value if isinstance(value, int | float | str) else None
+
+
+def _short(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def json_images(path: Path, content: Any) -> dict[Any, dict[str, Any]]:
+  """The entries of COCO's list of images by their `id`.
+
+  Args:
+    path: of the JSON file, for messages.
+    content: of the file.
+
+  Returns:
+    Every entry has a `file_name`, which is a string and unique.
+
+  Raises:
+    InputError: that is not so, or an id occurs twice.
+  """
+  if not isinstance(content, dict):
+    raise InputError(
+      f"{path}: holds a {type(content).__name__}, not COCO's object with"
+      " 'images' and 'annotations'"
+    )
+  images, names = {}, set()
+  for entry in json_field(content, "images", path, "the JSON", kind=list):
+    id_ = json_field(entry, "id", path, "an image")
+    name = json_field(entry, "file_name", path, f"image {id_!r}", kind=str)
+    if json_key(id_) is None:
+      raise InputError(
+        f"{path}: the id of image {name!r} is {_short(id_)}; it must be a"
+        " number or a string"
+      )
+    if id_ in images or name in names:
+      raise InputError(
+        f"{path}: image {id_!r}, {name!r}, has the id or the file_name of"
+        " another entry of 'images'; keep one"
+      )
+    images[id_] = entry
+    names.add(name)
+  return images
+
+
+def check_categories(path: Path, content: Any, categories: Categories) -> None:
+  """Checks that a COCO JSON means the same classes by the same ids.
+
+  Args:
+    path: of the JSON file, for messages.
+    content: of the file; its list of categories is optional.
+    categories: the data set's classes.
+
+  Raises:
+    InputError: the JSON gives another name to an id.
+  """
   names = {c.id: c.name for c in categories.items}
+  found = content.get("categories", []) if isinstance(content, dict) else []
   for entry in found:
-    id_, name = _field(entry, "id", path, "a category"), entry.get("name")
+    id_ = json_key(json_field(entry, "id", path, "a category"))
+    name = entry.get("name")
     if id_ in names and name is not None and name != names[id_]:
       raise InputError(
         f"{path}: category {id_} is {name!r} here but {names[id_]!r} among the"
@@ -184,33 +349,13 @@ def _check_categories(
 
 
 def _read_map(
-  folder: Path,
   *,
-  png: str,
+  path: Path,
   segments: list[Segment],
   size: tuple[int | None, int | None],
   json_file: Path,
 ) -> PanopticMap:
-  path = folder / png
-  try:
-    with Image.open(path) as image:
-      mode = image.mode
-      ids = decode_ids(np.asarray(image)) if mode == "RGB" else None
-  except FileNotFoundError:
-    raise InputError(
-      f"{path}: no such file, but {json_file} names it"
-    ) from None
-  except Exception as error:
-    raise InputError(f"{path}: cannot be decoded ({error})") from error
-  if ids is None:
-    raise InputError(
-      f"{path}: is a PNG of mode {mode!r}; ids are stored as 8-bit RGB"
-    )
-  if None not in size and ids.shape != size:
-    raise InputError(
-      f"{path}: is {ids.shape[0]} x {ids.shape[1]} (height x width), but"
-      f" {json_file} gives {size[0]} x {size[1]}"
-    )
+  ids = _read_ids(path, size, json_file)
   values, areas = np.unique(ids, return_counts=True)
   area_of = dict(zip(values.tolist(), areas.tolist(), strict=True))
   area_of.pop(VOID, None)
@@ -231,6 +376,42 @@ def _read_map(
       for s in segments
     ),
   )
+
+
+def _read_ids(
+  path: Path, size: tuple[int | None, int | None], json_file: Path
+) -> np.ndarray:
+  """Decodes a PNG once its header agrees with the JSON."""
+  try:
+    image = Image.open(
+      io.BytesIO(_png_bytes(path, json_file)), formats=("PNG",)
+    )
+    width, height = image.size
+    if image.mode != "RGB":
+      raise InputError(
+        f"{path}: is a PNG of mode {image.mode!r}; ids are stored as 8-bit RGB"
+      )
+    if None not in size and (height, width) != size:
+      raise InputError(
+        f"{path}: is {height} x {width} (height x width), but {json_file} gives"
+        f" {size[0]} x {size[1]}"
+      )
+    if height * width > MAX_PIXELS:
+      raise InputError(
+        f"{path}: {height} x {width} pixels are more than the limit of"
+        f" {MAX_PIXELS}; scale the image and its masks down"
+      )
+    return decode_ids(np.asarray(image))
+  except InputError:
+    raise
+  except Exception as error:  # Pillow raises whatever it meets.
+    raise InputError(f"{path}: cannot be decoded ({error})") from error
+
+
+def _png_bytes(path: Path, json_file: Path) -> bytes:
+  if not path.is_file():
+    raise InputError(f"{path}: no such file, but {json_file} names it")
+  return read_file(path)
 
 
 def write_panoptic_png(path: str | os.PathLike, ids: np.ndarray) -> None:

@@ -247,9 +247,11 @@ def make_batch(
       flip=bool(plan.flips[b]),
     )
     if image is not None:
-      if colour_factor != 1:
-        image = jitter_hsv(rngs[b], image, factor=colour_factor)
       batch.images[b] = image
+      if colour_factor != 1:
+        h, w = batch.size[b]
+        inside = batch.images[b, :h, :w]
+        inside[:] = jitter_hsv(rngs[b], inside, factor=colour_factor)
     num_superpixels = proposals.membership.shape[1]
     batch.membership[b, : len(boxes), :num_superpixels] = proposals.membership[
       :P

@@ -9,14 +9,13 @@ the texture alone. Light, shadows, blur and noise are those of a photograph.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 
 import cv2
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from jtsm_jax.data.prepared import Source
+from jtsm_jax.data.source import LazyRecords, Source
 from jtsm_jax.types import (
   Categories,
   Category,
@@ -69,31 +68,30 @@ def shapes_source(
     num_train: training images.
     num_val: validation images.
   """
-  return Source(
-    name="shapes",
-    categories=SHAPES_CATEGORIES,
-    train=_records("train", num_train, seed, side),
-    val=_records("val", num_val, seed, side) if num_val else None,
-    num_train=num_train,
-    num_val=num_val,
+
+  def records(split: str, count: int) -> LazyRecords:
+    return LazyRecords(count, lambda i: _record(split, i, seed, side))
+
+  splits = {"train": records("train", num_train)}
+  if num_val:
+    splits["val"] = records("val", num_val)
+  return Source(name="shapes", categories=SHAPES_CATEGORIES, splits=splits)
+
+
+def _record(split: str, index: int, seed: int, side: int) -> Record:
+  image, target, tags = generate_shapes(
+    index, seed=seed, side=side, split=split
   )
-
-
-def _records(split: str, count: int, seed: int, side: int) -> Iterator[Record]:
-  for index in range(count):
-    image, target, tags = generate_shapes(
-      index, seed=seed, side=side, split=split
-    )
-    data = io.BytesIO()
-    Image.fromarray(image).save(data, format="JPEG", quality=90)
-    yield Record(
-      image_id=f"{split}_{index:05d}",
-      image=data.getvalue(),
-      height=side,
-      width=side,
-      tags=tags,
-      target=target if split == "val" else None,
-    )
+  data = io.BytesIO()
+  Image.fromarray(image).save(data, format="JPEG", quality=90)
+  return Record(
+    image_id=f"{split}_{index:05d}",
+    image=data.getvalue(),
+    height=side,
+    width=side,
+    tags=tags,
+    target=target if split == "val" else None,
+  )
 
 
 def generate_shapes(

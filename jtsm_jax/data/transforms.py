@@ -6,7 +6,7 @@ import io
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from jtsm_jax.types import PADDING, InputError
 
@@ -59,6 +59,8 @@ def decode_image(data: bytes, *, name: str = "image") -> np.ndarray:
 
 def _upright(image: Image.Image) -> Image.Image:
   try:
+    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+      return image  # exif_transpose would copy it
     return ImageOps.exif_transpose(image)
   except Exception:  # A garbled EXIF block tells no rotation.
     return image
@@ -76,7 +78,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image)
-  return image.convert("RGB")
+  return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fit_to_canvas(
@@ -119,12 +121,11 @@ def fit_to_canvas(
   new_h = min(max(round(h * scale), 1), canvas[0])
   new_w = min(max(round(w * scale), 1), canvas[1])
 
-  rows = np.floor((np.arange(new_h) + 0.5) * (h / new_h)).astype(np.int64)
-  columns = np.floor((np.arange(new_w) + 0.5) * (w / new_w)).astype(np.int64)
-  if flip:
-    columns = columns[::-1]
+  resized = cv2.resize(
+    superpixels, (new_w, new_h), interpolation=cv2.INTER_NEAREST_EXACT
+  )
   superpixels_out = np.full(canvas, PADDING, np.int32)
-  superpixels_out[:new_h, :new_w] = superpixels[rows[:, None], columns]
+  superpixels_out[:new_h, :new_w] = resized[:, ::-1] if flip else resized
 
   factors = np.array([new_h / h, new_w / w] * 2, np.float64)
   boxes_out = np.asarray(boxes, np.float64).reshape(-1, 4) * factors
@@ -167,8 +168,21 @@ def jitter_hsv(
   if factor < 1:
     raise ValueError(f"factor is {factor}, must be >= 1 (1 changes nothing)")
   saturation, value = np.exp(rng.uniform(-1, 1, 2) * np.log(factor))
-  hsv = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2HSV)
-  hsv[..., 1] = np.minimum(hsv[..., 1] * saturation, 1)
-  hsv[..., 2] = np.minimum(hsv[..., 2] * value, 1)
-  rgb = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-  return np.rint(rgb * 255).astype(np.uint8)
+  # HSV's value is the top t, its saturation (t - low) / t: a channel c becomes
+  # (t - (t - c) * by) * gain, where neither may exceed 1. OpenCV, since numpy
+  # would keep other threads waiting.
+  planes = cv2.split(image)
+  top = cv2.max(cv2.max(planes[0], planes[1]), planes[2])
+  low = cv2.min(cv2.min(planes[0], planes[1]), planes[2])
+  levels = np.maximum(np.arange(256), 1).astype(np.float32)
+  inverse_span = cv2.LUT(cv2.subtract(top, low), 1 / levels)
+  by = cv2.multiply(top, inverse_span, dtype=cv2.CV_32F)
+  by = cv2.min(by, saturation)
+  gain = cv2.LUT(top, np.minimum(value, 255 / levels).astype(np.float32))
+  slope = cv2.multiply(by, gain)
+  offset = cv2.multiply(top, cv2.subtract(gain, slope), dtype=cv2.CV_32F)
+  planes = [
+    cv2.add(cv2.multiply(c, slope, dtype=cv2.CV_32F), offset, dtype=cv2.CV_8U)
+    for c in planes
+  ]
+  return cv2.merge(planes)

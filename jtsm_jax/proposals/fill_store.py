@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+from jtsm_jax import workers
 from jtsm_jax.console import progress
-from jtsm_jax.proposals import generate, record_format, store, workers
+from jtsm_jax.proposals import generate, record_format, store
 from jtsm_jax.types import InputError, Proposals, Record
 
 SHARD_SIZE = 64  # images whose work a killed run loses at most

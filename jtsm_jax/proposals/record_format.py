@@ -1,7 +1,7 @@
 """The bytes of the proposals of one image.
 
 magic "JTSM", header length (uint32), header (JSON: image id, H, W, S, P),
-and one LZMA stream of superpixels (uint16 [H, W]), membership (bits,
+and one Zstandard frame of superpixels (uint16 [H, W]), membership (bits,
 [S, ceil(P / 8)]: by superpixels it packs twice as well as by proposals),
 boxes (int32 [P, 4]), scores (float32 [P]), all little-endian
 """
@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import lzma
 import struct
 
 import numpy as np
+import zstandard
 
 from jtsm_jax.types import Proposals
 
 MAGIC = b"JTSM"
 MAX_SUPERPIXELS = 65535
-MEMORY_LIMIT = 1 << 26  # bytes that unpacking may take, beside the result
+LEVEL = 12  # of compression
+MAX_BYTES = 1 << 30  # unpacked; 64 megapixels and 4,000 proposals have less
 
 
 def encode_proposals(image_id: str, proposals: Proposals) -> bytes:
@@ -51,7 +52,9 @@ def encode_proposals(image_id: str, proposals: Proposals) -> bytes:
     ]
   )
   prefix = MAGIC + struct.pack("<I", len(header))
-  return prefix + header + lzma.compress(body)
+  # A fifth larger than what LZMA makes, and unpacked eight times as fast.
+  compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
+  return prefix + header + compressor.compress(body)
 
 
 def decode_proposals(data: bytes) -> tuple[str, Proposals]:
@@ -80,13 +83,16 @@ def decode_proposals(data: bytes) -> tuple[str, Proposals]:
   row = -(-num_proposals // 8)
   lengths = [2 * height * width, row * num_superpixels]
   lengths += [16 * num_proposals, 4 * num_proposals]
-  decompressor = lzma.LZMADecompressor(memlimit=MEMORY_LIMIT)
+  if sum(lengths) > MAX_BYTES:
+    raise ValueError(f"sizes are impossible: {header}")
   try:  # never more than the header promises
-    body = decompressor.decompress(data[end:], sum(lengths) + 1)
-  except lzma.LZMAError as error:
+    if zstandard.frame_content_size(data[end:]) != sum(lengths):
+      raise ValueError(f"the data do not hold {sum(lengths)} bytes")
+    body = zstandard.ZstdDecompressor().decompress(
+      data[end:], allow_extra_data=False
+    )
+  except zstandard.ZstdError as error:
     raise ValueError(f"the data are damaged: {error}") from error
-  if len(body) != sum(lengths) or not decompressor.eof:
-    raise ValueError(f"the data do not hold {sum(lengths)} bytes")
   stops = [0, *itertools.accumulate(lengths)]
   labels, bits, boxes, scores = (
     np.frombuffer(body[a:b], dtype)

@@ -27,7 +27,7 @@ from array_record.python import array_record_module
 from jtsm_jax.proposals import record_format
 from jtsm_jax.types import InputError, Proposals
 
-FORMAT = "2"  # of the folder and its records
+FORMAT = "3"  # of the folder and its records
 MAX_OPEN_SHARDS = 64  # well below the usual limit of 1024 open files
 REMEDY = "delete the folder and propose again"
 

@@ -2,12 +2,13 @@
 
 import json
 import os
+import pathlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from jtsm_jax.data import folder, panoptic_files, prepared
+from jtsm_jax.data import folder, panoptic_files, prepare, prepared
 from jtsm_jax.types import InputError, PanopticMap, Segment
 
 CLASSES = [
@@ -61,7 +62,7 @@ def test_reads_classes_and_rows(root):
 
 
 def test_is_prepared_and_read_back(root, tmp_path):
-  prepared.prepare(folder.folder_source(root), tmp_path / "out")
+  prepare.prepare(folder.folder_source(root), tmp_path / "out")
   data = prepared.open_prepared(tmp_path / "out")
   assert data.name == "mine"
   train, val = data.splits["train"], data.splits["val"]
@@ -76,10 +77,10 @@ def test_is_prepared_and_read_back(root, tmp_path):
 def test_validation_is_optional(root):
   (root / "panoptic_val.json").unlink()
   source = folder.folder_source(root)
-  assert [record.target for record in source.val] == [None, None]
+  assert [r.target for r in source.splits["val"]] == [None, None]
   (root / "val_tags.csv").unlink()
   assert folder.read_folder(root)[2] == []
-  assert folder.folder_source(root).val is None
+  assert set(folder.folder_source(root).splits) == {"train"}
 
 
 def test_tables_of_spreadsheets_are_read(root):
@@ -89,6 +90,307 @@ def test_tables_of_spreadsheets_are_read(root):
   )
   (entry,) = folder.read_folder(root)[1]
   assert (entry.name, entry.tags) == ("a.jpg", (COW, SKY))
+
+
+def json_table(root, split, content):
+  (root / f"{split}_tags.csv").unlink(missing_ok=True)
+  (root / f"{split}_tags.json").write_text(
+    content if isinstance(content, str) else json.dumps(content)
+  )
+
+
+def test_tables_may_be_json(root):
+  tables = folder.read_folder(root)
+  train = {
+    "a.jpg": ["sky", "cow"],
+    "b c.png": ["Sheep dog"],
+    "sub/d.jpg": ["cow", "cow"],
+  }
+  json_table(root, "train", train)
+  json_table(root, "val", {"v.png": ["sky"], "w.png": []})
+  assert folder.read_folder(root) == tables
+  splits = folder.folder_source(root).splits
+  assert (len(splits["train"]), len(splits["val"])) == (3, 2)
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    ({}, "has no rows"),
+    ([], r"holds a list; wanted \{"),
+    ({"a.jpg": "cow"}, "'cow' is no list of tags"),
+    ({"a.jpg": [1]}, r"\[1\] is no list of tags"),
+    ({"a.jpg": []}, r"entry 'a\.jpg': image 'a\.jpg' has no tags"),
+    ({"a.jpg": ["Cow"]}, r"'Cow' is no class \(did you mean 'cow'"),
+    ({"a.jpeg": ["cow"]}, r"not in .*did you mean 'a\.jpg'"),
+    ({"/a.jpg": ["cow"]}, "leaves the folder"),
+    ({"": ["cow"]}, "'' is no name of a file"),
+    ({"a.jpg": ["cow"], "./a.jpg": ["cow"]}, r"also in entry 'a\.jpg'"),
+    ('{"a.jpg": ["cow"], "a.jpg": ["sky"]}', r"'a\.jpg' occurs twice"),
+  ],
+)
+def test_faults_of_json_tables(root, content, message):
+  json_table(root, "train", content)
+  with pytest.raises(InputError, match=message):
+    folder.read_folder(root)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_two_tables_of_a_split(root, split):
+  (root / f"{split}_tags.json").write_text("{}")
+  with pytest.raises(
+    InputError, match=rf"{split}_tags\.csv and {split}_tags\.json; keep one"
+  ):
+    folder.read_folder(root)
+
+
+def remove_panoptic(root):
+  (root / "panoptic_val.json").unlink()
+
+
+def add_instances(root):
+  remove_panoptic(root)
+  images = [
+    {"id": i, "file_name": f"{name}.png", "height": 6, "width": 8}
+    for i, name in enumerate("xwv")
+  ]
+  cow = {
+    "id": 1,
+    "image_id": 2,
+    "category_id": 3,
+    # x in 1 .. 4, y in 2 .. 3
+    "segmentation": [[1, 2, 5, 2, 5, 4, 1, 4]],
+    "bbox": [1, 2, 4, 2],
+    "area": 8,
+  }
+  content = {"images": images, "annotations": [cow]}
+  (root / "instances_val.json").write_text(json.dumps(content))
+
+
+def test_instances(root, tmp_path):
+  add_instances(root)
+  source = folder.folder_source(root)
+  assert all(r.instances is None for r in source.splits["train"])
+  v, w = source.splits["val"]
+  assert (v.target, v.height, v.width) == (None, 6, 8)
+  assert v.instances.category.tolist() == [COW]
+  assert v.instances.boxes.tolist() == [[2, 1, 4, 5]]
+  # The runs are 8 2 4 2 4 2 4 2 20, columns first. From the fourth on they are
+  # differences to the one two before; the last, 16, takes two characters.
+  assert v.instances.rles == (b"82400000`0",)
+  assert w.instances.category.tolist() == []
+  prepare.prepare(source, tmp_path / "out")
+  val = prepared.open_prepared(tmp_path / "out").splits["val"]
+  assert val.instances(0).rles == v.instances.rles
+
+
+def test_instances_lack_an_image(root):
+  add_instances(root)
+  table("image,tags\nv.png,\na.jpg,\n", "val_tags.csv")(root)
+  with pytest.raises(
+    InputError, match=r"instances_val\.json: 1 images .*'a\.jpg'; add it"
+  ):
+    folder.folder_source(root)
+
+
+LABELS = np.array(
+  [
+    [3, 3, 0, 0, 5, 5, 255, 4],
+    [3, 0, 0, 0, 5, 0, 255, 4],
+    [0, 3, 0, 0, 0, 0, 0, 0],
+    [0, 0, 0, 0, 0, 0, 0, 3],
+    [5, 0, 0, 0, 0, 0, 3, 3],
+    [5, 5, 5, 5, 0, 0, 0, 0],
+  ],
+  np.uint8,
+)
+
+
+def add_labels(root, image=None):
+  remove_panoptic(root)
+  (root / "labels_val").mkdir()
+  if image is None:
+    image = Image.fromarray(LABELS)
+  image.save(root / "labels_val" / "v.png")
+  save_grey(root / "labels_val" / "w.png", np.zeros((6, 8), np.uint8))
+
+
+def save_grey(path, values):
+  Image.fromarray(values).save(path)
+
+
+def palette_image(values):
+  image = Image.frombytes("P", values.shape[::-1], values.tobytes())
+  image.putpalette([9, 8, 7] * 256)
+  return image
+
+
+@pytest.mark.parametrize("kind", ["grey", "grey16", "palette"])
+def test_labels(root, kind):
+  add_labels(
+    root,
+    {
+      "grey": lambda: Image.fromarray(LABELS),
+      "grey16": lambda: Image.fromarray(LABELS.astype(np.uint16)),
+      "palette": lambda: palette_image(LABELS),
+    }[kind](),
+  )
+  v, w = folder.folder_source(root).splits["val"]
+  assert w.target.segments == ()
+  assert v.instances is None
+  # Pixels that touch by a corner are of one thing; sky is one wherever it is.
+  assert v.target.segments == (
+    Segment(1, COW, True, 1.0, 4),
+    Segment(2, COW, True, 1.0, 3),
+    Segment(3, DOG, True, 1.0, 2),
+    Segment(4, SKY, False, 1.0, 8),
+  )
+  assert v.target.ids.dtype == np.int32
+  assert v.target.ids.tolist() == [
+    [1, 1, 0, 0, 4, 4, 0, 3],
+    [1, 0, 0, 0, 4, 0, 0, 3],
+    [0, 1, 0, 0, 0, 0, 0, 0],
+    [0, 0, 0, 0, 0, 0, 0, 2],
+    [4, 0, 0, 0, 0, 0, 2, 2],
+    [4, 4, 4, 4, 0, 0, 0, 0],
+  ]
+
+
+def test_values_0_and_255_may_be_classes(root):
+  classes([CLASSES[0] | {"id": 0}, CLASSES[1] | {"id": 255}, CLASSES[2]])(root)
+  values = np.full((6, 8), 255, np.uint8)
+  values[2:] = 0
+  add_labels(root, Image.fromarray(values))
+  target = folder.folder_source(root).splits["val"][0].target
+  assert target.segments == (
+    Segment(1, COW, True, 1.0, 16),
+    Segment(2, SKY, False, 1.0, 32),
+  )
+
+
+def test_class_ids_above_255(root):
+  classes([CLASSES[0] | {"id": 1000}, *CLASSES[1:]])(root)
+  add_labels(root, Image.fromarray(np.full((6, 8), 1000, np.uint16)))
+  target = folder.folder_source(root).splits["val"][0].target
+  assert target.segments == (Segment(1, SKY, False, 1.0, 48),)
+
+
+def test_labels_lie_as_the_images_do(root):
+  table("image,tags\nsub/d.jpg,\n", "val_tags.csv")(root)
+  add_labels(root)
+  with pytest.raises(InputError, match=r"labels_val: 1 images .*'sub/d\.jpg'"):
+    folder.folder_source(root)
+  (root / "labels_val/sub").mkdir()
+  (root / "labels_val/v.png").rename(root / "labels_val/sub/d.png")
+  assert len(folder.folder_source(root).splits["val"][0].target.segments) == 4
+
+
+def test_labels_of_another_size_are_refused_by_prepare(root, tmp_path):
+  add_labels(root, Image.fromarray(LABELS[1:]))
+  with pytest.raises(InputError, match=r"masks of 'v' are for 5 x 8 .* 6 x 8"):
+    prepare.prepare(folder.folder_source(root), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+  ("image", "message"),
+  [
+    (
+      Image.fromarray(LABELS + 1),
+      r"v\.png: has pixels of the values \[1, 6\], which are no ids",
+    ),
+    (Image.fromarray(np.stack([LABELS] * 3, -1)), "8 bits and colour type 2"),
+    (Image.fromarray(np.stack([LABELS] * 2, -1)), "8 bits and colour type 4"),
+    (Image.fromarray(LABELS > 3), "1 bits and colour type 0"),
+  ],
+)
+def test_faults_of_labels(root, image, message):
+  add_labels(root, image)
+  source = folder.folder_source(root)
+  with pytest.raises(InputError, match=message):
+    source.splits["val"][0]
+
+
+def test_damaged_labels(root, monkeypatch):
+  add_labels(root)
+  val = folder.folder_source(root).splits["val"]
+  path = root / "labels_val/v.png"
+  data = path.read_bytes()
+  for bad in (b"", data[:20], data[:50], b"no picture" * 9):
+    path.write_bytes(bad)
+    with pytest.raises(InputError, match=r"v\.png: cannot be decoded"):
+      val[0]
+  Image.fromarray(LABELS).save(path, format="BMP")
+  with pytest.raises(InputError, match=r"v\.png: cannot be decoded"):
+    val[0]
+  path.write_bytes(data)
+  monkeypatch.setattr(folder, "MAX_PIXELS", 47)
+  with pytest.raises(InputError, match=r"6 x 8 pixels are more than .* 47"):
+    val[0]
+
+
+def test_labels_behind_a_link(root):
+  add_labels(root)
+  (root / "labels_val/v.png").rename(root / "outside.png")
+  (root / "labels_val/v.png").symlink_to(root / "outside.png")
+  with pytest.raises(InputError, match=r"of 'v\.png': 'v\.png' is a link that"):
+    folder.folder_source(root)
+  (root / "labels_val/v.png").unlink()
+  (root / "labels_val/w.png").unlink()
+  (root / "labels_val").rmdir()
+  (root / "labels_val").write_text("")
+  with pytest.raises(InputError, match="labels_val: is no folder"):
+    folder.folder_source(root)
+
+
+@pytest.mark.parametrize("second", ["instances_val.json", "labels_val"])
+def test_ground_truth_of_two_forms(root, second):
+  (root / second).mkdir()
+  with pytest.raises(
+    InputError, match=rf"2 forms, panoptic_val\.json and {second}; keep one"
+  ):
+    folder.folder_source(root)
+
+
+@pytest.mark.parametrize("add", [add_labels, add_instances])
+def test_training_opens_no_ground_truth(root, add, monkeypatch):
+  add(root)
+  opened = []
+
+  def read_file(path):
+    opened.append(path)
+    return path.read_bytes()
+
+  def fail(*args, **kwargs):
+    raise AssertionError("an image was decoded")
+
+  monkeypatch.setattr(folder, "read_file", read_file)
+  monkeypatch.setattr(Image, "open", fail)
+  records = list(folder.folder_source(root).splits["train"])
+  assert all(r.target is None and r.instances is None for r in records)
+  assert opened == [
+    root / "images" / name for name in ("a.jpg", "b c.png", "sub/d.jpg")
+  ]
+
+
+MSRC = pathlib.Path(__file__).parents[2].parent / "shared/data/msrc"
+
+
+@pytest.mark.skipif(
+  not MSRC.is_dir(), reason="there is no shared/data/msrc beside the repository"
+)
+def test_real_folder():
+  source = folder.folder_source(MSRC)
+  assert source.name == "msrc"
+  assert source.citation == ""
+  assert len(source.categories) == 21
+  train, val = source.splits["train"], source.splits["val"]
+  assert (len(train), len(val)) == (296, 98)
+  assert all(r.target is None and r.tags for r in train)
+  void = []
+  for record in val:
+    areas = sum(s.area for s in record.target.segments)
+    void.append(1 - areas / record.target.ids.size)
+  assert 0.1 < np.mean(void) < 0.3
 
 
 def test_images_may_be_a_link_to_another_disk(root, tmp_path):
@@ -105,7 +407,7 @@ def test_says_what_is_not_used(root, capsys):
   folder.folder_source(root)
   said = capsys.readouterr().err
   assert "1 files in images/ are in no table" in said
-  assert "1 images are in train_tags.csv and in val_tags.csv" in said
+  assert "1 images are in both tables of tags, train and val" in said
   (root / "panoptic_val.json").write_text("{}")
   (root / "val_tags.csv").unlink()
   folder.folder_source(root)
@@ -230,4 +532,4 @@ def test_image_that_vanishes(root):
   source = folder.folder_source(root)
   (root / "images" / "b c.png").unlink()
   with pytest.raises(InputError, match=r"b c\.png: cannot be read"):
-    list(source.train)
+    list(source.splits["train"])

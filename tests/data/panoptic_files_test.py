@@ -159,6 +159,15 @@ def edit_segment(field, value):
     (edit_first("file_name", "/a.png"), "leaves"),
     (edit_first("file_name", "none.png"), r"none\.png: no such file"),
     (edit_segment("category_id", 5), r"category_id 5.*none of.*\[21, 92\]"),
+    (edit_first("file_name", None), "None is no name of a file"),
+    (edit_first("file_name", ""), "'' is no name of a file"),
+    (edit_first("file_name", "a\0.png"), "is no name of a file"),
+    (edit_first("segments_info", {}), r"'segments_info' .* type list"),
+    (edit_first("image_id", [1]), r"image \[1\] has no entry"),
+    (lambda d: d.update(annotations=None), r"'annotations' .* type list"),
+    (lambda d: d["images"].append(d["images"][0]), "of another entry"),
+    (edit_segment("category_id", [21]), r"category_id \[21\]"),
+    (edit_segment("id", "7"), "'id' of a segment in .* is '7'; .*type int"),
     (edit_segment("id", 8), r"only in the PNG \[7\], only in the JSON \[8\]"),
     (edit_segment("id", 300), r"repeated in the JSON \[300\]"),
     (
@@ -176,6 +185,87 @@ def test_faults_of_the_json(tmp_path, edit, message):
   path.write_text(json.dumps(data))
   with pytest.raises(InputError, match=message):
     dict(panoptic_files.read_panoptic(path, tmp_path / "p", CATEGORIES))
+
+
+def test_png_is_handed_on_as_it_is(tmp_path):
+  write(tmp_path)
+  maps = panoptic_files.read_panoptic(
+    tmp_path / "p.json", tmp_path / "p", CATEGORIES
+  )
+  png = tmp_path / "p/sub/a.png"
+  assert maps.png_bytes("sub/a.jpg") == png.read_bytes()
+  with pytest.raises(KeyError):
+    maps.png_bytes("sub/a.png")
+  png.unlink()
+  with pytest.raises(InputError, match=r"a\.png: no such file, but .*p\.json"):
+    maps.png_bytes("sub/a.jpg")
+
+
+@pytest.mark.parametrize("linked", ["p/sub", "p/sub/a.png"])
+def test_link_that_leaves_the_folder(tmp_path, linked):
+  write(tmp_path)
+  (tmp_path / linked).rename(tmp_path / "outside")
+  (tmp_path / linked).symlink_to(tmp_path / "outside")
+  with pytest.raises(InputError, match=r"'sub/a\.png' is a link that leaves"):
+    panoptic_files.read_panoptic(
+      tmp_path / "p.json", tmp_path / "p", CATEGORIES
+    )
+
+
+def test_safe_paths(tmp_path):
+  (tmp_path / "folder" / "inner").mkdir(parents=True)
+  link = tmp_path / "link"
+  link.symlink_to(tmp_path / "folder")
+  (link / "near").symlink_to("inner")
+  (link / "loop").symlink_to("loop")
+  for name in ("a.png", "inner/a..png", "near/a.png", "./a", "loop"):
+    path = panoptic_files.safe_path(link, name, "here")
+    assert path == link / name
+  for name in ("..", "inner/../a", "/a", "//a", "", ".", "a\0", "\ud800", 5):
+    with pytest.raises(InputError, match=r"^here: .* give a path relative"):
+      panoptic_files.safe_path(link, name, "here")
+  # A name that only begins like the folder's lies outside, too.
+  (tmp_path / "folder2").mkdir()
+  (link / "twin").symlink_to(tmp_path / "folder2")
+  with pytest.raises(InputError, match="'twin/a' is a link that leaves"):
+    panoptic_files.safe_path(link, "twin/a", "here")
+
+
+def test_png_is_measured_before_it_is_decoded(tmp_path, monkeypatch):
+  write(tmp_path)
+
+  def fail(*args):
+    raise AssertionError("decoded")
+
+  def look_up(**size):
+    path = tmp_path / "p.json"
+    data = json.loads(path.read_text())
+    data["images"][0].update(size)
+    path.write_text(json.dumps(data))
+    return panoptic_files.read_panoptic(path, tmp_path / "p", CATEGORIES)[
+      "sub/a.jpg"
+    ]
+
+  monkeypatch.setattr(panoptic_files, "decode_ids", fail)
+  monkeypatch.setattr(Image.Image, "load", fail)
+  with pytest.raises(InputError, match=r"is 3 x 3 .*gives 3 x 9"):
+    look_up(width=9)
+  monkeypatch.setattr(panoptic_files, "MAX_PIXELS", 8)
+  with pytest.raises(InputError, match=r"3 x 3 pixels are more than .* 8;"):
+    look_up(width=3)
+  with pytest.raises(InputError, match=r"3 x 3 pixels are more than .* 8;"):
+    look_up(width=None)
+
+
+def test_json_with_a_byte_order_mark_and_with_twins(tmp_path):
+  path = tmp_path / "a.json"
+  path.write_bytes(b'\xef\xbb\xbf{"a": {"b": 1, "b": 2}}')
+  assert panoptic_files.read_json(path) == {"a": {"b": 2}}
+  with pytest.raises(InputError, match=r"a\.json: the key 'b' occurs twice"):
+    panoptic_files.read_json(path, unique_keys=True)
+  path.write_text("[" * 100_000)
+  with pytest.raises(InputError, match="is no readable JSON"):
+    panoptic_files.read_json(path)
 
 
 def test_faults_of_the_files(tmp_path):
@@ -201,6 +291,9 @@ def test_faults_of_the_files(tmp_path):
   png = tmp_path / "p" / "sub" / "a.png"
   Image.fromarray(IDS.astype(np.uint8)).save(png)
   with pytest.raises(InputError, match="mode 'L'"):
+    read()
+  Image.fromarray(np.zeros((3, 3, 3), np.uint8)).save(png, format="BMP")
+  with pytest.raises(InputError, match="cannot be decoded"):
     read()
   png.write_bytes(b"no picture")
   with pytest.raises(InputError, match="cannot be decoded"):

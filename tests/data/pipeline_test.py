@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from jtsm_jax.data import pipeline, prepared, sampling
+from jtsm_jax.data.prepare import prepare
+from jtsm_jax.data.source import Source
 from jtsm_jax.types import Categories, InputError, Proposals, Record
 
 CATEGORIES = Categories.from_list(
@@ -55,7 +57,7 @@ def source(tmp_path_factory):
   records = [
     Record(f"image{i}", encode(i), 0, 0, TAGS[i]) for i in range(len(SIZES))
   ]
-  prepared.prepare(prepared.Source("s", CATEGORIES, records), directory)
+  prepare(Source("s", CATEGORIES, {"train": records}), directory)
   return prepared.open_prepared(directory).splits["train"]
 
 

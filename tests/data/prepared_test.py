@@ -1,4 +1,4 @@
-"""Tests of prepared data sets."""
+"""Tests of reading prepared data sets."""
 
 import dataclasses
 import io
@@ -13,57 +13,22 @@ import pytest
 from PIL import Image
 
 from jtsm_jax.data import prepared
-from jtsm_jax.types import (
-  Categories,
-  InputError,
-  PanopticMap,
-  Record,
-  Segment,
-)
-
-CATEGORIES = Categories.from_list(
-  [
-    {"id": 3, "name": "cow", "isthing": 1},
-    {"id": 8, "name": "blue sky", "isthing": 0},
-  ]
-)
-IDS = np.zeros((5, 7), np.int32)
-IDS[1:3] = 70000
-IDS[4, 2:] = 2
-TARGET = PanopticMap(
+from jtsm_jax.data.prepare import prepare
+from jtsm_jax.types import InputError
+from tests.data.small_set import (
+  CATEGORIES,
   IDS,
-  (
-    Segment(70000, 1, False, 1.0, 14),
-    Segment(2, 0, True, 1.0, 5, True),
-  ),
+  INSTANCES,
+  TARGET,
+  TRAIN,
+  VAL,
+  source,
 )
-
-
-def encode(height, width, seed=0):
-  pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3))
-  data = io.BytesIO()
-  Image.fromarray(pixels.astype(np.uint8)).save(data, format="PNG")
-  return data.getvalue()
-
-
-TRAIN = [
-  Record(f"t-{i}.x", encode(4 + i, 6, i), 0, 0, tags)
-  for i, tags in enumerate([(0,), (), (0, 1), (1,)])
-]
-VAL = [
-  Record("v0", encode(5, 7), 0, 0, (0, 1), TARGET),
-  Record("v1", encode(9, 7), 0, 0, ()),
-  Record("v2", encode(5, 7, 2), 0, 0, (0, 1), TARGET),
-]
-
-
-def source(train=TRAIN, val=VAL, **options):
-  return prepared.Source("Test set", CATEGORIES, iter(train), val, **options)
 
 
 @pytest.fixture
 def directory(tmp_path):
-  prepared.prepare(source(), tmp_path / "data")
+  prepare(source(), tmp_path / "data")
   return tmp_path / "data"
 
 
@@ -81,7 +46,11 @@ def test_round_trip(directory):
       )
       width = 6 if split == "train" else 7
       wanted = dataclasses.replace(
-        records[i], height=height, width=width, target=None
+        records[i],
+        height=height,
+        width=width,
+        target=None,
+        instances=None,
       )
       assert found[i] == wanted
   train, val = data.splits["train"], data.splits["val"]
@@ -96,6 +65,20 @@ def test_round_trip(directory):
     np.testing.assert_array_equal(val.target(i).ids, IDS)
     assert val.target(i).ids.dtype == np.int32
     assert val.target(i).segments == TARGET.segments
+  assert data.citation == "@book{cows}"
+
+
+def test_instances_round_trip(directory):
+  data = prepared.open_prepared(directory)
+  train, val = data.splits["train"], data.splits["val"]
+  assert [train.instances(i) for i in range(4)] == [None] * 4
+  assert [val.instances(i) for i in range(2)] == [None] * 2
+  assert not val.has_instances
+  found = val.instances(2)
+  assert found.rles == INSTANCES.rles
+  for name in ("category", "boxes", "area", "is_crowd", "is_difficult"):
+    wanted = getattr(INSTANCES, name)
+    np.testing.assert_array_equal(getattr(found, name), wanted, name)
 
 
 def test_index_errors(directory):
@@ -107,17 +90,11 @@ def test_index_errors(directory):
       train.target(i)
 
 
-def test_training_target_is_refused(tmp_path):
-  with pytest.raises(ValueError, match=r"'v0' has a target.*target=None"):
-    prepared.prepare(source(train=VAL), tmp_path / "data")
-  assert list(tmp_path.iterdir()) == []
-
-
 def test_train_files_hold_no_masks(directory):
   features = json.loads((directory / "images" / "features.json").read_text())
   names = features["featuresDict"]["features"]
-  assert set(names) == {"image_id", "image", "size", "tags"}
-  files = {p.name for p in (directory / "val_targets").glob("*array_record*")}
+  assert set(names) == {"image_id", "image", "tags"}
+  files = {p.name for p in (directory / "panoptic").glob("*array_record*")}
   assert len(files) == 1
   assert "-val." in files.pop()
 
@@ -127,7 +104,7 @@ import ctypes, os, sys
 from jtsm_jax.data import pipeline, prepared
 libc = ctypes.CDLL(None, use_errno=True)
 descriptor = libc.inotify_init1(os.O_NONBLOCK)
-watched = os.path.join(sys.argv[1], "val_targets").encode()
+watched = os.path.join(sys.argv[1], "panoptic").encode()
 if descriptor < 0 or libc.inotify_add_watch(descriptor, watched, 0x20) < 0:
   print("no inotify"); sys.exit(0)  # 0x20 is IN_OPEN.
 def opened():
@@ -166,128 +143,12 @@ def test_no_mask_file_is_opened_until_a_target_is_asked_for(directory):
 
 
 def test_training_works_without_the_masks_and_a_target_says_so(directory):
-  shutil.rmtree(directory / "val_targets")
+  shutil.rmtree(directory / "panoptic")
   data = prepared.open_prepared(directory)
   assert data.splits["train"][3].image == TRAIN[3].image
   assert data.splits["val"][0].image == VAL[0].image
-  with pytest.raises(InputError, match="val_targets: cannot be opened"):
+  with pytest.raises(InputError, match="panoptic: cannot be opened"):
     data.splits["val"].target(0)
-
-
-def test_without_validation(tmp_path):
-  prepared.prepare(source(val=None), tmp_path / "data")
-  assert set(prepared.open_prepared(tmp_path / "data").splits) == {"train"}
-  prepared.prepare(source(val=VAL[1:2]), tmp_path / "no_targets")
-  val = prepared.open_prepared(tmp_path / "no_targets").splits["val"]
-  assert val.target(0) is None
-
-
-def test_bad_image_is_quarantined(tmp_path, capsys):
-  bad = [Record("broken", encode(5, 7)[:60], 0, 0, (0,))]
-  prepared.prepare(
-    source(train=TRAIN[:2] + bad + TRAIN[2:], num_train=5, num_val=3),
-    tmp_path / "data",
-  )
-  train = prepared.open_prepared(tmp_path / "data").splits["train"]
-  assert train.image_ids == tuple(r.image_id for r in TRAIN)
-  assert train[2].image == TRAIN[2].image
-  (line,) = (tmp_path / "data" / "quarantine.txt").read_text().splitlines()
-  assert line.startswith("broken: cannot be decoded (")
-  assert "left out of train: broken: cannot" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("counts", [{}, {"num_train": 6, "num_val": 3}])
-def test_too_many_bad_images_abort(tmp_path, counts):
-  bad = [Record(f"bad{i}", b"", 0, 0, (0,)) for i in range(2)]
-  with pytest.raises(InputError, match=r"2 of 9 .*0\.01.*\n  bad0: .*empty"):
-    prepared.prepare(source(train=bad + TRAIN, **counts), tmp_path / "data")
-  assert list(tmp_path.iterdir()) == []
-  prepared.prepare(
-    source(train=bad + TRAIN, **counts),
-    tmp_path / "data",
-    max_bad_fraction=0.3,
-  )
-  assert len(prepared.open_prepared(tmp_path / "data").splits["train"]) == 4
-
-
-def test_empty_splits(tmp_path):
-  with pytest.raises(InputError, match="'train' of 'Test set' has no image"):
-    prepared.prepare(source(train=[]), tmp_path / "data")
-  with pytest.raises(InputError, match="'val' of 'Test set' has no image"):
-    prepared.prepare(source(val=[]), tmp_path / "data")
-
-
-@pytest.mark.parametrize(
-  ("record", "error", "message"),
-  [
-    (TRAIN[0], InputError, "'t-0.x' occurs twice in 'train'"),
-    (Record("../x", b"", 0, 0, ()), InputError, "no safe file name"),
-    (Record(".x", b"", 0, 0, ()), InputError, "no safe file name"),
-    (Record("x", b"", 0, 0, (1, 0)), ValueError, r"\[1, 0\].*ascending"),
-    (Record("x", b"", 0, 0, (0, 2)), ValueError, r"in 0 \.\. 1"),
-  ],
-)
-def test_wrong_records(tmp_path, record, error, message):
-  with pytest.raises(error, match=message):
-    prepared.prepare(source(train=[*TRAIN, record]), tmp_path / "data")
-  assert list(tmp_path.iterdir()) == []
-
-
-def test_target_of_another_size(tmp_path):
-  val = [dataclasses.replace(VAL[1], target=TARGET)]
-  with pytest.raises(InputError, match=r"'v1' are 5 x 7 .* 9 x 7"):
-    prepared.prepare(source(val=val), tmp_path / "data")
-
-
-def test_a_failure_leaves_the_old_data_set(directory):
-  def failing():
-    yield TRAIN[0]
-    raise RuntimeError("the disk is gone")
-
-  with pytest.raises(RuntimeError, match="the disk is gone"):
-    prepared.prepare(source(train=failing()), directory, overwrite=True)
-  assert len(prepared.open_prepared(directory).splits["train"]) == 4
-  assert list(directory.parent.iterdir()) == [directory]
-
-
-def test_existing_directories(directory, tmp_path):
-  with pytest.raises(InputError, match="overwrite=True"):
-    prepared.prepare(source(), directory)
-  prepared.prepare(source(train=TRAIN[:1]), directory, overwrite=True)
-  assert len(prepared.open_prepared(directory).splits["train"]) == 1
-  other = tmp_path / "other"
-  other.mkdir()
-  (other / "thesis.txt").write_text("precious")
-  with pytest.raises(InputError, match="choose another directory"):
-    prepared.prepare(source(), other, overwrite=True)
-  assert (other / "thesis.txt").read_text() == "precious"
-  (other / "thesis.txt").unlink()
-  prepared.prepare(source(), other)  # An empty directory will do.
-  assert prepared.is_prepared(other)
-
-
-def test_fingerprint_changes_with_ids_and_images_only(tmp_path):
-  def fingerprints(name, **options):
-    prepared.prepare(source(**options), tmp_path / name)
-    data = prepared.open_prepared(tmp_path / name)
-    return data.splits["train"].fingerprint, data.fingerprint
-
-  train, both = fingerprints("first")
-  assert len(train) == len(both) == 16
-  assert fingerprints("second") == (train, both)
-  retagged = [dataclasses.replace(TRAIN[0], tags=(1,)), *TRAIN[1:]]
-  assert fingerprints("tags", train=retagged) == (train, both)
-  for name, change in {
-    "id": {"image_id": "other"},
-    "image": {"image": encode(4, 6, 9)},
-  }.items():
-    changed = [*TRAIN[:1], dataclasses.replace(TRAIN[1], **change), *TRAIN[2:]]
-    found = fingerprints(name, train=changed)
-    assert found[0] != train
-    assert found[1] != both
-  found = fingerprints("val", val=VAL[:2])
-  assert found[0] == train
-  assert found[1] != both
 
 
 def test_faults_when_opening(directory, tmp_path):

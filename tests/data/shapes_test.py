@@ -78,7 +78,7 @@ def test_classes_come_at_useful_rates_and_with_all_colours():
 
 def test_source_gives_targets_to_val_only():
   source = shapes.shapes_source(seed=0, side=64, num_train=3, num_val=2)
-  train, val = list(source.train), list(source.val)
+  train, val = (list(source.splits[s]) for s in ("train", "val"))
   assert (len(train), len(val)) == (3, 2)
   assert all(record.target is None for record in train)
   assert all(record.target is not None for record in val)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import lzma
 import struct
 
 import numpy as np
 import pytest
+import zstandard
 
 from jtsm_jax.proposals import record_format
 from jtsm_jax.types import Proposals
@@ -90,7 +90,9 @@ def forged(body, **header):
   text = json.dumps(
     dict(image_id="x", height=7, width=9, superpixels=1, proposals=0) | header
   ).encode()
-  return b"JTSM" + struct.pack("<I", len(text)) + text + lzma.compress(body)
+  return (
+    b"JTSM" + struct.pack("<I", len(text)) + text + zstandard.compress(body)
+  )
 
 
 def test_a_bomb_is_not_unpacked():
@@ -107,18 +109,10 @@ def test_a_bomb_is_not_unpacked():
     dict(height=0),
     dict(proposals=-1),
     dict(superpixels=1 << 40),
+    dict(height=1 << 20, width=1 << 20),
     dict(width=[]),
   ],
 )
 def test_impossible_sizes(header):
   with pytest.raises(ValueError, match=r"impossible|damaged"):
     record_format.decode_proposals(forged(bytes(126), **header))
-
-
-def test_a_record_may_not_ask_for_much_memory():
-  filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 30}]
-  body = lzma.compress(bytes(126), filters=filters)
-  header = forged(b"")
-  data = header[: header.index(b"}") + 1] + body
-  with pytest.raises(ValueError, match="damaged"):
-    record_format.decode_proposals(data)

@@ -8,7 +8,7 @@ import signal
 import cv2
 import pytest
 
-from jtsm_jax.proposals import workers
+from jtsm_jax import workers
 from jtsm_jax.types import InputError
 
 

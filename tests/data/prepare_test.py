@@ -1,0 +1,253 @@
+"""Tests of writing prepared data sets."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jtsm_jax.data import prepare as preparation
+from jtsm_jax.data import prepared
+from jtsm_jax.data.prepare import prepare
+from jtsm_jax.data.shapes import shapes_source
+from jtsm_jax.data.source import LazyRecords
+from jtsm_jax.types import InputError, Record
+from tests.data.small_set import TARGET, TRAIN, VAL, encode, source
+
+
+@pytest.fixture
+def directory(tmp_path):
+  prepare(source(), tmp_path / "data")
+  return tmp_path / "data"
+
+
+def test_training_target_is_refused(tmp_path):
+  with pytest.raises(ValueError, match=r"'v0' has ground truth.*target=None"):
+    prepare(source(train=VAL), tmp_path / "data")
+  assert not (tmp_path / "data").exists()
+
+
+def test_without_validation(tmp_path):
+  prepare(source(val=None), tmp_path / "data")
+  assert set(prepared.open_prepared(tmp_path / "data").splits) == {"train"}
+  prepare(source(val=VAL[1:2]), tmp_path / "no_targets")
+  val = prepared.open_prepared(tmp_path / "no_targets").splits["val"]
+  assert val.target(0) is None
+
+
+def test_bad_image_is_quarantined(tmp_path, capsys):
+  bad = [Record("broken", encode(5, 7)[:60], 0, 0, (0,))]
+  prepare(
+    source(train=TRAIN[:2] + bad + TRAIN[2:]),
+    tmp_path / "data",
+  )
+  train = prepared.open_prepared(tmp_path / "data").splits["train"]
+  assert train.image_ids == tuple(r.image_id for r in TRAIN)
+  assert train[2].image == TRAIN[2].image
+  (line,) = (tmp_path / "data" / "quarantine.txt").read_text().splitlines()
+  assert line.startswith("broken: cannot be decoded (")
+  assert "left out of train: broken: cannot" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("piece", [2, 500])
+def test_too_many_bad_images_abort(monkeypatch, tmp_path, piece):
+  monkeypatch.setattr(preparation, "PIECE", piece)
+  bad = [Record(f"bad{i}", b"", 0, 0, (0,)) for i in range(2)]
+  with pytest.raises(InputError, match=r"2 of 9 .*0\.01.*\n  bad0: .*empty"):
+    prepare(source(train=bad + TRAIN), tmp_path / "data")
+  assert not (tmp_path / "data").exists()
+  prepare(
+    source(train=bad + TRAIN),
+    tmp_path / "data",
+    max_bad_fraction=0.3,
+  )
+  assert len(prepared.open_prepared(tmp_path / "data").splits["train"]) == 4
+
+
+def test_empty_splits(tmp_path):
+  with pytest.raises(InputError, match="'train' of 'Test set' has no image"):
+    prepare(source(train=[]), tmp_path / "data")
+  with pytest.raises(InputError, match="'val' of 'Test set' has no image"):
+    prepare(source(val=[]), tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+  ("record", "error", "message"),
+  [
+    (TRAIN[0], InputError, "'t-0.x' occurs 2 times in 'train'"),
+    (Record("../x", b"", 0, 0, ()), InputError, "no safe file name"),
+    (Record(".x", b"", 0, 0, ()), InputError, "no safe file name"),
+    (Record("x", b"", 0, 0, (1, 0)), ValueError, r"\[1, 0\].*ascending"),
+    (Record("x", b"", 0, 0, (0, 2)), ValueError, r"in 0 \.\. 1"),
+  ],
+)
+def test_wrong_records(tmp_path, record, error, message):
+  with pytest.raises(error, match=message):
+    prepare(source(train=[*TRAIN, record]), tmp_path / "data")
+  assert not (tmp_path / "data").exists()
+
+
+def test_target_of_another_size(tmp_path):
+  val = [dataclasses.replace(VAL[1], target=TARGET)]
+  with pytest.raises(InputError, match=r"'v1' are for 5 x 7 .* 9 x 7"):
+    prepare(source(val=val), tmp_path / "data")
+
+
+def test_image_of_another_size_than_its_record(tmp_path):
+  val = [dataclasses.replace(VAL[1], height=7, width=9)]
+  with pytest.raises(InputError, match=r"'v1' are for 7 x 9 .* 9 x 7"):
+    prepare(source(val=val), tmp_path / "data")
+
+
+def test_a_failure_leaves_the_old_data_set(directory):
+  def read(i):
+    if i == 3:
+      raise RuntimeError("the disk is gone")
+    return TRAIN[i]
+
+  with pytest.raises(RuntimeError, match="the disk is gone"):
+    prepare(source(train=LazyRecords(4, read)), directory, overwrite=True)
+  assert len(prepared.open_prepared(directory).splits["train"]) == 4
+
+
+def test_existing_directories(directory, tmp_path):
+  with pytest.raises(InputError, match="overwrite=True"):
+    prepare(source(), directory)
+  prepare(source(train=TRAIN[:1]), directory, overwrite=True)
+  assert len(prepared.open_prepared(directory).splits["train"]) == 1
+  other = tmp_path / "other"
+  other.mkdir()
+  (other / "thesis.txt").write_text("precious")
+  with pytest.raises(InputError, match="choose another directory"):
+    prepare(source(), other, overwrite=True)
+  assert (other / "thesis.txt").read_text() == "precious"
+  (other / "thesis.txt").unlink()
+  prepare(source(), other)  # An empty directory will do.
+  assert prepared.is_prepared(other)
+
+
+def test_fingerprint_changes_with_ids_and_images_only(tmp_path):
+  def fingerprints(name, **options):
+    prepare(source(**options), tmp_path / name)
+    data = prepared.open_prepared(tmp_path / name)
+    return data.splits["train"].fingerprint, data.fingerprint
+
+  train, both = fingerprints("first")
+  assert len(train) == len(both) == 16
+  assert fingerprints("second") == (train, both)
+  retagged = [dataclasses.replace(TRAIN[0], tags=(1,)), *TRAIN[1:]]
+  assert fingerprints("tags", train=retagged) == (train, both)
+  for name, change in {
+    "id": {"image_id": "other"},
+    "image": {"image": encode(4, 6, 9)},
+  }.items():
+    changed = [*TRAIN[:1], dataclasses.replace(TRAIN[1], **change), *TRAIN[2:]]
+    found = fingerprints(name, train=changed)
+    assert found[0] != train
+    assert found[1] != both
+  found = fingerprints("val", val=VAL[:2])
+  assert found[0] == train
+  assert found[1] != both
+
+
+def content(directory):
+  """Everything that a reader sees."""
+  data = prepared.open_prepared(directory)
+  seen = [data.name, data.fingerprint]
+  for name, split in data.splits.items():
+    for i in range(len(split)):
+      target = split.target(i)
+      seen.append((name, split[i], target and target.ids.tobytes()))
+      seen.append(split.instances(i) and split.instances(i).rles)
+  return seen
+
+
+def test_pieces_and_shards_make_no_difference(monkeypatch, tmp_path):
+  assert prepare(source(), tmp_path / "whole")
+  wanted = content(tmp_path / "whole")
+  monkeypatch.setattr(preparation, "PIECE", 2)
+  assert prepare(source(), tmp_path / "pieces")
+  assert content(tmp_path / "pieces") == wanted
+  path = tmp_path / "shards"
+  for shard in (2, 0, 2):
+    assert not prepare(source(), path, shard=shard, num_shards=3)
+    assert not prepared.is_prepared(path)
+  assert prepare(source(), path, shard=1, num_shards=3)
+  assert content(path) == wanted
+  with pytest.raises(ValueError, match="shard is 3"):
+    prepare(source(), tmp_path / "none", shard=3, num_shards=3)
+
+
+def test_what_is_written_is_not_read_again(monkeypatch, tmp_path):
+  monkeypatch.setattr(preparation, "PIECE", 1)
+  read = []
+
+  def records(fail_at):
+    def one(i):
+      if i == fail_at:
+        raise RuntimeError("the disk is gone")
+      read.append(i)
+      return TRAIN[i]
+
+    return LazyRecords(len(TRAIN), one)
+
+  with pytest.raises(RuntimeError, match="disk"):
+    prepare(source(train=records(2)), tmp_path / "data")
+  assert read == [0, 1]
+  prepare(source(train=records(None)), tmp_path / "data")
+  assert read == [0, 1, 2, 3]
+  prepare(source(), tmp_path / "whole")
+  assert content(tmp_path / "data") == content(tmp_path / "whole")
+
+
+def test_what_is_of_other_data_is_not_used(monkeypatch, tmp_path, capsys):
+  monkeypatch.setattr(preparation, "PIECE", 1)
+  prepare(source(), tmp_path / "data", shard=0, num_shards=2)
+  prepare(source(val=None), tmp_path / "data")
+  assert "starting anew" in capsys.readouterr().err
+  prepare(source(val=None), tmp_path / "whole")
+  assert content(tmp_path / "data") == content(tmp_path / "whole")
+
+
+SLOW = """
+import sys, time
+from jtsm_jax.data import prepare, shapes
+from jtsm_jax.data.source import LazyRecords, Source
+prepare.PIECE = 1
+whole = shapes.shapes_source(num_train=12, num_val=3, side=64)
+def slowly(split):
+  def read(i):
+    time.sleep(0.2)
+    return split[i]
+  return LazyRecords(len(split), read)
+splits = {name: slowly(split) for name, split in whole.splits.items()}
+print("started", flush=True)
+prepare.prepare(Source("shapes", whole.categories, splits), sys.argv[1])
+"""
+
+
+def test_a_kill_loses_nothing_that_is_written(tmp_path):
+  command = [sys.executable, "-c", SLOW, str(tmp_path / "data")]
+  process = subprocess.Popen(command, stdout=subprocess.PIPE)
+  pieces = tmp_path / ".data.incomplete" / "pieces"
+  process.stdout.readline()
+  while len(list(pieces.glob("*.json"))) < 2:
+    assert process.poll() is None
+    time.sleep(0.01)
+  os.kill(process.pid, signal.SIGKILL)
+  process.communicate()
+  written = sorted(pieces.glob("*.json"))
+  assert 2 <= len(written) < 15
+  for path in written:
+    assert json.loads(path.read_text())["image_ids"]
+  subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+  data = prepared.open_prepared(tmp_path / "data")
+  assert len(data.splits["train"]) == 12
+  whole = shapes_source(num_train=12, num_val=3, side=64)
+  for name, split in whole.splits.items():
+    for i, record in enumerate(split):
+      assert data.splits[name][i].image == record.image
