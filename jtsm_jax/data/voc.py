@@ -19,21 +19,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import math
 import os
 import re
-import struct
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
-import scipy.io
 from PIL import Image
 
+from jtsm_jax.data.mat_files import read_mat
 from jtsm_jax.data.source import LazyRecords, Source
 from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.types import (
@@ -698,9 +695,8 @@ def _read_struct(
   """Fields of the struct `name` in a MATLAB file."""
   data = _read_small(path, "SBD lists the image")
   try:
-    _check_mat(data)
-    content = scipy.io.loadmat(io.BytesIO(data), variable_names=[name])
-  except Exception as error:  # SciPy raises whatever it meets.
+    content = read_mat(data, [name], max_bytes=_MAX_BYTES)
+  except ValueError as error:
     raise InputError(
       f"{path}: is no readable MATLAB file ({error}); replace it by SBD's own"
     ) from error
@@ -716,97 +712,6 @@ def _read_struct(
       " by SBD's own"
     )
   return [np.asarray(found.flat[0][field]) for field in fields]
-
-
-def _check_mat(data: bytes) -> None:
-  """Checks that a MATLAB file (version 5 to 7) is what SciPy takes it for.
-
-  SciPy trusts the types and counts in the file, so that one wrong byte can end
-  the process with a segmentation fault, or fill the memory.
-
-  Raises:
-    ValueError: the file is damaged, or holds more than SBD's files do: arrays
-      of numbers, cells and structs.
-  """
-  orders = {b"\x00\x01IM": "<", b"\x01\x00MI": ">"}
-  order = orders.get(data[124:128])
-  if order is None or 0 in data[:4]:
-    raise ValueError("it has no header of MATLAB 5 to 7")
-  for kind, content in _mat_elements(data[128:], order):
-    if kind != _MAT_COMPRESSED:
-      _check_mat_array(kind, content, order)
-      continue
-    unpacker = zlib.decompressobj()
-    unpacked = unpacker.decompress(content, _MAX_BYTES)
-    if not unpacker.eof:  # only there is the checksum compared
-      raise ValueError(f"it is cut off, or unpacks to over {_MAX_BYTES} bytes")
-    for kind, content in _mat_elements(unpacked, order):
-      _check_mat_array(kind, content, order)
-
-
-def _mat_elements(data: bytes, order: str) -> list[tuple[int, bytes]]:
-  """Splits a sequence of data elements into their types and contents."""
-  elements, position = [], 0
-  while position < len(data):
-    if position + 8 > len(data):
-      raise ValueError("a data element is cut off")
-    kind, count = struct.unpack_from(f"{order}II", data, position)
-    start = position = position + 8
-    if kind >> 16:  # type, count and up to 4 bytes packed into 8
-      kind, count, start = kind & 0xFFFF, kind >> 16, start - 4
-      if count > 4 or kind not in _MAT_NUMBERS:
-        raise ValueError(f"a small data element has {count} bytes of {kind}")
-    else:
-      padding = 0 if kind == _MAT_COMPRESSED else -count % 8
-      position = start + count + padding
-    if position > len(data):
-      raise ValueError("a data element is cut off")
-    elements.append((kind, data[start : start + count]))
-  return elements
-
-
-def _check_mat_array(
-  kind: int, content: bytes, order: str, depth: int = 0
-) -> None:
-  if kind != _MAT_ARRAY or depth > 4:
-    raise ValueError(f"a data element has type {kind}, in {depth} arrays")
-  if not content and depth:
-    return  # an empty array in a cell or struct
-  (flags_kind, flags), (shape_kind, shape), (name_kind, _), *parts = (
-    _mat_elements(content, order)
-  )
-  if (flags_kind, len(flags)) != (6, 8) or (shape_kind, name_kind) != (5, 1):
-    raise ValueError("an array has a damaged header")
-  (flag,) = struct.unpack_from(f"{order}I", flags)
-  array_class, is_complex = flag & 0xFF, bool(flag & 0x800)
-  sides = struct.unpack(f"{order}{len(shape) // 4}i", shape)
-  if len(sides) < 2 or min(sides) < 0:
-    raise ValueError(f"an array has the shape {sides}")
-  count = math.prod(sides)
-  kinds = [kind for kind, _ in parts]
-  if array_class in (_MAT_CELL, _MAT_STRUCT):
-    if array_class == _MAT_STRUCT:
-      (length_kind, length), (names_kind, names), *parts = parts
-      if (length_kind, len(length), names_kind) != (5, 4, 1):
-        raise ValueError("a struct has damaged names")
-      count *= len(names) // struct.unpack(f"{order}i", length)[0]
-    if len(parts) != count:
-      raise ValueError(f"{len(parts)} arrays lie where {count} should")
-    for part in parts:
-      _check_mat_array(*part, order, depth + 1)
-  elif array_class in (_MAT_SPARSE, *_MAT_NUMERIC):
-    wanted = (3 if array_class == _MAT_SPARSE else 1) + is_complex
-    if len(kinds) != wanted or not _MAT_NUMBERS.issuperset(kinds):
-      raise ValueError(f"an array has parts of the types {kinds}")
-  else:
-    raise ValueError(f"an array has class {array_class}")
-
-
-# Types of data elements and classes of arrays, as the format numbers them.
-_MAT_NUMBERS = frozenset({1, 2, 3, 4, 5, 6, 7, 9, 12, 13})
-_MAT_ARRAY, _MAT_COMPRESSED = 14, 15
-_MAT_CELL, _MAT_STRUCT, _MAT_SPARSE = 1, 2, 5
-_MAT_NUMERIC = range(6, 16)
 
 
 def _describe(values: np.ndarray) -> str:

@@ -23,14 +23,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.io
 
+from jtsm_jax.data import mat_files
 from jtsm_jax.proposals import record_format
 from jtsm_jax.proposals.fill_store import Maker
 from jtsm_jax.proposals.generate import tight_boxes
 from jtsm_jax.types import InputError, Proposals, Record
 
 MAX_PIXELS = 1 << 26  # of a mask; a file may claim anything
+MAX_MAT_BYTES = 1 << 29  # of a variable; 64 megapixels in MATLAB's numbers
 
 
 def importer(
@@ -73,8 +74,10 @@ def read_mat(
   """
   names = ["superpixels", "labels", "scores"]
   try:
-    content = scipy.io.loadmat(path, variable_names=names)
-  except Exception as error:  # whatever a damaged file makes scipy raise
+    content = mat_files.read_mat(
+      path.read_bytes(), names, max_bytes=MAX_MAT_BYTES
+    )
+  except (OSError, ValueError) as error:
     raise InputError(
       f"{path}: not a MATLAB 5 file, or damaged ({error}); export it again,"
       " with -v7"
