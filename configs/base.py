@@ -151,7 +151,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.log_every = 20
   c.train.checkpoint_every = 1000
   c.train.evaluate_every = 5000
-  c.train.loader_threads = 2
+  c.train.loader_threads = 2  # that make batches
+  # Processes that make batches, each with so many threads; for hosts of many
+  # cores. 0: this process makes them.
+  c.train.loader_workers = 0
   c.train.calibration_images = 64
 
   # Tag warm-up of a backbone that starts from scratch; part of no paper.

@@ -8,10 +8,10 @@ run sees exactly the batches that it would have seen.
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import cv2
 import grain
 import numpy as np
 
@@ -48,6 +48,7 @@ def make_pipeline(
   process_index: int = 0,
   process_count: int = 1,
   num_threads: int = 2,
+  num_workers: int = 0,
   prefetch: int = 4,
 ) -> grain.DatasetIterator:
   """Batches for training: images, tags and proposals, never a target.
@@ -68,7 +69,9 @@ def make_pipeline(
     process_index: k; this process gets the k-th slice of each batch.
     process_count: n; must divide `batch_size`.
     num_threads: that make batches.
-    prefetch: batches that are made ahead.
+    num_workers: processes that make batches, each with `num_threads`; 0 makes
+      them in this one. The state of the iterator is for as many.
+    prefetch: batches that are made ahead, by each process.
 
   Returns:
     An iterator of (step, Batch), B = batch_size / process_count, numpy arrays.
@@ -114,7 +117,11 @@ def make_pipeline(
 
   plan_of(start_step)  # Wrong arguments fail here, not in a thread.
   steps = grain.MapDataset.range(start_step, num_steps).map(batch_of)
-  return iter(steps.to_iter_dataset(_options(num_threads, prefetch)))
+  dataset = steps.to_iter_dataset(_options(num_threads, prefetch))
+  if num_workers:
+    options = grain.MultiprocessingOptions(num_workers, prefetch)
+    dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
+  return iter(dataset)
 
 
 def inference_batches(
@@ -295,20 +302,18 @@ def with_fallback(
   Returns:
     A function of (image id, (height, width)).
   """
-  warned: set[str] = set()
-  lock = threading.Lock()
+  warned: dict[str, object] = {}
 
   def get(image_id: str, size: tuple[int, int]) -> Proposals:
     if image_id in store:
       return store.get(image_id)
-    with lock:
-      if image_id not in warned:
-        warned.add(image_id)
-        print(
-          f"warning: image {image_id!r} has no proposals in the store; the"
-          " whole image serves as its one proposal",
-          file=sys.stderr,
-        )
+    mine = object()
+    if warned.setdefault(image_id, mine) is mine:  # no other thread was first
+      print(
+        f"warning: image {image_id!r} has no proposals in the store; the whole"
+        " image serves as its one proposal",
+        file=sys.stderr,
+      )
     return Proposals(
       superpixels=np.zeros(size, np.int32),
       membership=np.ones((1, 1), bool),
@@ -347,6 +352,11 @@ def _local_slice(
     )
   local = batch_size // process_count
   return slice(process_index * local, (process_index + 1) * local)
+
+
+def _start_worker(index: int, count: int) -> None:
+  del index, count
+  cv2.setNumThreads(1)
 
 
 def _options(num_threads: int, prefetch: int) -> grain.ReadOptions:

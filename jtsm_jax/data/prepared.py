@@ -118,6 +118,10 @@ class RecordSource:
         f"{path}: cannot be read ({e}); prepare the data set again"
       ) from e
 
+  def __reduce__(self):
+    """Another process opens the files anew."""
+    return RecordSource, (self._directory, self._split)
+
   def __len__(self) -> int:
     return len(self.image_ids)
 

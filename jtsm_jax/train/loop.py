@@ -105,6 +105,7 @@ def train(
       process_index=jax.process_index(),
       process_count=jax.process_count(),
       num_threads=config.train.loader_threads,
+      num_workers=config.train.loader_workers,
     )
 
   # State: a new one, or the newest checkpoint of the workdir.

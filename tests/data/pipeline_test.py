@@ -2,11 +2,16 @@
 
 import io
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import grain
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 from jtsm_jax.data import pipeline, prepared, sampling
@@ -162,6 +167,68 @@ def test_state_resumes_exactly(source):
   resumed.set_state(state)
   assert_equal(wanted, list(resumed))
   assert isinstance(iterator, grain.DatasetIterator)
+
+
+def test_worker_processes_change_nothing(source):
+  flags.FLAGS.mark_as_parsed()  # grain's workers read them
+  expected = list(start(source, colour_factor=1.5))
+  options = dict(colour_factor=1.5, num_workers=2, num_threads=1)
+  steps = start(source, **options)
+  found = [next(steps) for _ in range(5)]
+  state = steps.get_state()
+  found += list(steps)
+  again = start(source, **options)
+  again.set_state(json.loads(json.dumps(state)))
+  resumed = list(again)
+  steps.close()
+  again.close()
+  for part, wanted in ((found, expected), (resumed, expected[5:])):
+    assert [step for step, _ in part] == [step for step, _ in wanted]
+    for (_, a), (_, b) in zip(part, wanted, strict=True):
+      assert_equal(a, b)
+
+
+PROCESS = """
+import sys
+import jax
+from jtsm_jax.data.pipeline import make_pipeline
+from jtsm_jax.data.prepared import open_prepared
+directory, port, index = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
+steps = make_pipeline(
+  open_prepared(directory).splits["train"], {}, seed=1, canvases=((24, 24),),
+  batch_size=2, max_proposals=1, max_superpixels=1, num_steps=6,
+  process_index=jax.process_index(), process_count=jax.process_count())
+for step, batch in steps:
+  print(step, *batch.image_index.tolist())
+"""
+
+
+def test_two_processes_on_loopback_read_the_epoch(tmp_path):
+  records = [Record(f"i{n}", encode(0), 0, 0, TAGS[0]) for n in range(12)]
+  prepare(Source("s", CATEGORIES, {"train": records}), tmp_path / "set")
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", PROCESS, tmp_path / "set", str(port), str(k)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    for k in range(2)
+  ]
+  read = []
+  for process in processes:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    rows = [[int(n) for n in line.split()] for line in out.splitlines()]
+    assert [row[0] for row in rows] == list(range(6))
+    read.append({i for _, *indices in rows for i in indices})
+  assert len(read[0]) == len(read[1]) == 6
+  assert read[0] | read[1] == set(range(12))
 
 
 def test_processes_share_a_batch(source):

@@ -6,6 +6,7 @@ import struct
 import warnings
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -103,6 +104,37 @@ def test_transparent_pixels_lie_on_white():
 def test_one_pixel():
   data = encode(Image.fromarray(PICTURE[:1, :1]))
   np.testing.assert_array_equal(transforms.decode_image(data), PICTURE[:1, :1])
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1), (20_000, 3)])
+def test_a_long_strip(shape):
+  pixels = np.arange(np.prod(shape)).reshape(shape).astype(np.uint8)
+  decoded = transforms.decode_image(encode(Image.fromarray(pixels)))
+  np.testing.assert_array_equal(decoded[..., 2], pixels)
+  image, size, superpixels, _ = transforms.fit_to_canvas(
+    decoded,
+    np.zeros(shape, np.int32),
+    np.zeros((0, 4)),
+    canvas=(64, 96),
+    flip=True,
+  )
+  assert image.shape == (64, 96, 3)
+  assert size.min() == 1
+  assert (superpixels == 0).sum() == size.prod()
+
+
+def test_sixteen_bits_of_colour():
+  high = np.array([[[1, 2, 3], [250, 128, 0]]], np.uint8)
+  wide = high.astype(np.uint16) * 256 + 7
+  data = cv2.imencode(".png", wide[..., ::-1])[1].tobytes()
+  np.testing.assert_array_equal(transforms.decode_image(data), high)
+
+
+def test_only_the_first_frame_counts():
+  frames = [Image.new("RGB", (4, 3), c) for c in ("red", "blue")]
+  data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+  decoded = transforms.decode_image(data)
+  np.testing.assert_array_equal(decoded, np.full((3, 4, 3), (255, 0, 0)))
 
 
 def test_empty_file_is_refused():
