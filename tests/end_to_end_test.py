@@ -220,6 +220,35 @@ def test_shards_of_the_proposals(run, fault, tmp_path):
   )
 
 
+def test_audit_and_verify(finished, run):
+  out, _ = run(finished[0], "--mode=audit")
+  assert out.splitlines()[1].split() == [
+    *("train", "images", "12", "image,", "image_id,", "tags")
+  ]
+  assert "train" not in " ".join(out.splitlines()[2:-1])
+  assert out.splitlines()[-1].startswith("training records hold image, id")
+  out, _ = run(finished[0], "--mode=verify")
+  assert out.endswith("data: every record is as it was prepared\n")
+
+
+def test_data_prepared_in_shards(run, fault, tmp_path):
+  workdir = tmp_path / "run"
+  shards = ["--mode=prepare", "--num_shards=2"]
+  out, _ = run(workdir, *shards, "--shard=1")
+  assert "shard 1 of 2 is written" in out
+  assert "prepared.json is missing" in fault(workdir, "--mode=audit")
+  out, _ = run(workdir, *shards, "--shard=0")
+  assert "images of 'train' by number of tags" in out
+  # Damage of one byte in an image is found and named.
+  (file,) = (workdir / "data" / "images").glob("data-train*")
+  data = bytearray(file.read_bytes())
+  data[data.rindex(b"\xff\xd8\xff\xe0") + 300] ^= 64
+  file.write_bytes(data)
+  message = fault(workdir, "--mode=verify")
+  assert "data: 1 bad records" in message
+  assert "below --num_shards" in fault(workdir, *shards, "--shard=2")
+
+
 def test_predict_a_folder(finished, run, tmp_path):
   images = tmp_path / "holiday"
   images.mkdir()
@@ -358,7 +387,7 @@ def test_kills_in_the_warm_up_and_with_masks_in_flight(
   # The killed one never has the masks of the validation images.
   data = tmp_path / "data"
   shutil.copytree(finished[0] / "data", data)
-  shutil.rmtree(data / "val_targets")
+  shutil.rmtree(data / "panoptic")
   flags = (
     "--mode=train",
     NEVER,
@@ -479,7 +508,7 @@ def test_training_opens_no_mask(folder, run, tmp_path):
   with watch(folder / "panoptic_val", folder / "panoptic_val.json") as opened:
     run(workdir, "--mode=propose", *mine(folder))
     assert opened() > 6  # preparing reads them: the watch sees it
-    with watch(workdir / "data" / "val_targets") as opened_prepared:
+    with watch(workdir / "data" / "panoptic") as opened_prepared:
       run(workdir, "--mode=train", NEVER, *mine(folder))
       assert opened() == 0
       assert opened_prepared() == 0
