@@ -3,18 +3,25 @@
 import dataclasses
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from jtsm_jax.data import prepare as preparation
 from jtsm_jax.data import prepared
+from jtsm_jax.data.audit import audit
+from jtsm_jax.data.coco import coco_panoptic_source
+from jtsm_jax.data.panoptic_files import write_panoptic
 from jtsm_jax.data.prepare import prepare
 from jtsm_jax.data.shapes import shapes_source
 from jtsm_jax.data.source import LazyRecords
+from jtsm_jax.data.verify import verify
 from jtsm_jax.types import InputError, Record
 from tests.data.small_set import TARGET, TRAIN, VAL, encode, source
 
@@ -251,3 +258,49 @@ def test_a_kill_loses_nothing_that_is_written(tmp_path):
   for name, split in whole.splits.items():
     for i, record in enumerate(split):
       assert data.splits[name][i].image == record.image
+
+
+def test_coco_comes_out_as_it_went_in(tmp_path):
+  """Official files, through a prepared data set, and written again."""
+  root = pathlib.Path(__file__).parents[3] / "shared" / "data" / "coco_mini"
+  if not root.is_dir():
+    pytest.skip(f"{root} is absent")
+  name = "panoptic_train2017"
+  prepare(
+    coco_panoptic_source(root, train_set="train2017", val_set="train2017"),
+    tmp_path / "data",
+  )
+  assert verify(tmp_path / "data") == []
+  assert audit(tmp_path / "data").faults == []
+  data = prepared.open_prepared(tmp_path / "data")
+  val = data.splits["val"]
+  official = json.loads((root / f"{name}.json").read_text())
+  file_of = {
+    f"{pathlib.Path(i['file_name']).stem}": i for i in official["images"]
+  }
+  write_panoptic(
+    tmp_path / f"{name}.json",
+    tmp_path / name,
+    (
+      (file_of[i]["id"], file_of[i]["file_name"], val.target(n))
+      for n, i in enumerate(val.image_ids)
+    ),
+    data.categories,
+  )
+  written = json.loads((tmp_path / f"{name}.json").read_text())
+  found = {a["image_id"]: a for a in written["annotations"]}
+  assert len(found) == len(official["annotations"]) == 100
+  keys = ("id", "category_id", "area", "bbox", "iscrowd")
+  for annotation in official["annotations"]:
+    again = found[annotation["image_id"]]
+    assert again["file_name"] == annotation["file_name"]
+    parts = [
+      [{k: s[k] for k in keys} for s in a["segments_info"]]
+      for a in (annotation, again)
+    ]
+    assert parts[0] == parts[1]
+    with (
+      Image.open(root / name / annotation["file_name"]) as wanted,
+      Image.open(tmp_path / name / annotation["file_name"]) as got,
+    ):
+      np.testing.assert_array_equal(np.asarray(got), np.asarray(wanted))
