@@ -12,6 +12,7 @@ import itertools
 import json
 import struct
 
+import cv2
 import numpy as np
 import zstandard
 
@@ -102,10 +103,10 @@ def decode_proposals(data: bytes) -> tuple[str, Proposals]:
   )
   member = np.unpackbits(
     bits.reshape(num_superpixels, row), axis=1, count=num_proposals
-  ).T
+  )
   proposals = Proposals(
     superpixels=labels.reshape(height, width).astype(np.int32),
-    membership=np.ascontiguousarray(member.astype(bool)),
+    membership=cv2.transpose(member).view(bool),  # much faster than numpy
     boxes=boxes.reshape(num_proposals, 4).astype(np.int32),
     scores=scores.astype(np.float32),
   )

@@ -106,6 +106,23 @@ def test_one_pixel():
   np.testing.assert_array_equal(transforms.decode_image(data), PICTURE[:1, :1])
 
 
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (7, 9), (64, 48)])
+def test_jpeg_is_what_pillow_makes_of_it(size, subsampling, progressive):
+  noise = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+  data = encode(
+    Image.fromarray(noise),
+    "JPEG",
+    quality=80,
+    subsampling=subsampling,
+    progressive=progressive,
+  )
+  with Image.open(io.BytesIO(data)) as image:
+    expected = np.asarray(image)
+  np.testing.assert_array_equal(transforms.decode_image(data), expected)
+
+
 @pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1), (20_000, 3)])
 def test_a_long_strip(shape):
   pixels = np.arange(np.prod(shape)).reshape(shape).astype(np.uint8)
