@@ -17,6 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
   c = shapes.get_config()
   c.data.canvases = ((160, 160),)
   c.data.eval_canvases = ((160, 160),)
+  c.proposals.network = False  # nothing here has seen ImageNet
   c.backbone.name = "resnet_ws"
   c.backbone.pretrained = ""
   c.backbone.depth = 18

@@ -20,7 +20,8 @@ from jtsm_jax.backbones import efficientnet_lite, pretrained
 from jtsm_jax.types import InputError
 
 CANVAS = 640  # pixels; the longest side of the image is brought to it
-STAGES = ("stage3", "stage5", "stage7")
+SMALL_CANVAS = 320  # the same of images that it enlarges twice or more
+STAGES = dict(stage3=8, stage5=16, stage7=16)  # and their strides
 SAMPLES = 6  # pixels of a superpixel whose features are averaged
 
 
@@ -59,7 +60,10 @@ def deep_features(image: np.ndarray, superpixels: np.ndarray) -> DeepFeatures:
   """
   maps, scale = _run_network(image)
   pixels = _some_pixels(superpixels)
-  part, objects, scene = (_sample(maps[name], pixels, scale) for name in STAGES)
+  part, objects, scene = (
+    _sample(maps[name], pixels, scale / stride)
+    for name, stride in STAGES.items()
+  )
   activity = np.linalg.norm(scene, axis=1)
   return DeepFeatures(
     part=standardise(part),
@@ -79,11 +83,12 @@ def standardise(features: np.ndarray) -> np.ndarray:
 def _run_network(image: np.ndarray) -> tuple[dict[str, np.ndarray], float]:
   """Maps [h, w, C] of the canvas, and canvas pixels per image pixel."""
   height, width = image.shape[:2]
-  scale = CANVAS / max(height, width)
+  side = CANVAS if 2 * max(height, width) > SMALL_CANVAS else SMALL_CANVAS
+  scale = side / max(height, width)
   size = max(1, round(width * scale)), max(1, round(height * scale))
   method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
   small = cv2.resize(image, size, interpolation=method)
-  canvas = np.zeros((1, CANVAS, CANVAS, 3), np.float32)
+  canvas = np.zeros((1, side, side, 3), np.float32)
   canvas[0, : size[1], : size[0]] = efficientnet_lite.normalise(small)
   maps = jax.device_get(_network()(canvas))
   return {name: values[0] for name, values in maps.items()}, scale
@@ -124,11 +129,16 @@ def _some_pixels(superpixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _sample(
   features: np.ndarray, pixels: tuple[np.ndarray, np.ndarray], scale: float
 ) -> np.ndarray:
-  """Mean over the pixels of each superpixel, bilinear: [S, C] float32."""
-  stride = CANVAS / features.shape[0]
+  """Mean over the pixels of each superpixel, bilinear: [S, C] float32.
+
+  Args:
+    features: [h, w, C].
+    pixels: [S, N] rows and columns in the image.
+    scale: cells of `features` per pixel of the image.
+  """
   low, weight = [], []
   for pixel, size in zip(pixels, features.shape, strict=False):
-    position = (pixel + 0.5) * scale / stride - 0.5
+    position = (pixel + 0.5) * scale - 0.5
     position = np.clip(position, 0, size - 1)
     cell = np.minimum(position.astype(np.int64), size - 2)
     low.append(cell)

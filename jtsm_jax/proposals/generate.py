@@ -24,7 +24,7 @@ from jtsm_jax.proposals.region_graph import (
 from jtsm_jax.proposals.superpixels import make_superpixels
 from jtsm_jax.types import InputError, Proposals
 
-VERSION = "2"
+VERSION = "3"
 """Part of a store's key: raise it when a change alters what is proposed."""
 
 CHOOSE_FROM = 6

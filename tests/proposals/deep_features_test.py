@@ -24,7 +24,7 @@ def test_sampling_a_ramp_gives_the_centres(shape):
   cells = np.arange(80) * 8 + 4.0  # centres in canvas pixels
   ramp = np.stack(np.meshgrid(cells, cells, indexing="ij"), -1)
   found = lib._sample(
-    ramp.astype(np.float32), lib._some_pixels(stripes(*shape, 4)), scale
+    ramp.astype(np.float32), lib._some_pixels(stripes(*shape, 4)), scale / 8
   )
   centres = (np.arange(4) + 0.5) * width / 4 * scale
   # Six samples of a stripe stand for all; the border cells are held.
@@ -43,12 +43,15 @@ def test_standardise():
   np.testing.assert_array_equal(lib.standardise(np.ones((3, 2))), 0)
 
 
-def test_regions_of_one_texture_are_alike():
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_regions_of_one_texture_are_alike(size):
+  """On the small canvas, and on the other."""
   rng = np.random.default_rng(0)
   image = rng.integers(0, 60, (96, 128, 3)).astype(np.uint8)
   image[:, 64:] += np.uint8([150, 20, 90])
   image[::4, 64:] = 255
-  found = lib.deep_features(image, stripes(96, 128, 8))
+  image = image.repeat(size, 0).repeat(size, 1)
+  found = lib.deep_features(image, stripes(96 * size, 128 * size, 8))
   assert found.part.shape == (8, 40)
   assert found.object.shape == (8, 112)
   assert found.scene.shape == (8, 320)
