@@ -43,7 +43,7 @@ def test_standardise():
   np.testing.assert_array_equal(lib.standardise(np.ones((3, 2))), 0)
 
 
-@pytest.mark.parametrize("size", [1, 2, 6])
+@pytest.mark.parametrize("size", [1, 2])
 def test_regions_of_one_texture_are_alike(size):
   """On the small canvas, and on the other."""
   rng = np.random.default_rng(0)
