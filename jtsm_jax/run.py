@@ -109,10 +109,10 @@ def run(
   Args:
     config: see configs/base.py.
     workdir: folder of the run; made if absent.
-    mode: "all", "prepare", "propose", "proposal_quality", "train", "evaluate"
-      or "predict".
+    mode: "all", "prepare", "audit", "verify", "propose", "proposal_quality",
+      "train", "evaluate" or "predict".
     images: folder of images, for "predict".
-    shard, num_shards: which part of the images, for "propose".
+    shard, num_shards: which part of the images, for "prepare" and "propose".
 
   Raises:
     InputError: a path, a file or a field of the configuration is at fault.
@@ -126,16 +126,16 @@ def run(
   claim_workdir(workdir, config)
   if mode == "predict":
     return predict_folder(config, workdir, images)
-  if mode == "prepare" and num_shards > 1:
-    return prepare_shard(config, workdir, shard=shard, num_shards=num_shards)
+  if mode == "prepare":
+    data = prepare(config, workdir, shard=shard, num_shards=num_shards)
+    if data is not None:
+      print(class_table(data))
+    return None
   if mode == "audit":
     return audit_data(config, workdir)
   if mode == "verify":
     return verify_data(config, workdir)
   data = prepare(config, workdir)
-  if mode == "prepare":
-    print(class_table(data))
-    return None
   if mode == "proposal_quality":
     return report_proposals(config, workdir, data)
   store = propose(config, workdir, data, shard=shard, num_shards=num_shards)
@@ -215,38 +215,36 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def prepare(config: Config, workdir: pathlib.Path) -> PreparedData:
-  """Prepares the data set unless it is prepared, and opens it."""
+def prepare(
+  config: Config, workdir: pathlib.Path, *, shard: int = 0, num_shards: int = 1
+) -> PreparedData | None:
+  """Prepares the data set unless it is prepared, and opens it.
+
+  Args:
+    config: see configs/base.py.
+    workdir: folder of the run.
+    shard, num_shards: which part of the data set to prepare. The last one to
+      finish completes it.
+
+  Returns:
+    The data, or None while other shards are missing.
+  """
   directory = prepared_directory(config, workdir)
   if not prepared.is_prepared(directory):
-    write_prepared(
-      data_source(config),
-      directory,
-      max_bad_fraction=config.data.max_bad_fraction,
-    )
-  data = prepared.open_prepared(directory)
-  counts = ", ".join(f"{len(s)} {name}" for name, s in data.splits.items())
-  print(f"data: {data.name}, {counts} images, {len(data.categories)} classes")
-  return data
-
-
-def prepare_shard(
-  config: Config, workdir: pathlib.Path, *, shard: int, num_shards: int
-) -> None:
-  """Prepares a part of the data set; the last one to finish completes it."""
-  directory = prepared_directory(config, workdir)
-  if not prepared.is_prepared(directory):
-    write_prepared(
+    is_complete = write_prepared(
       data_source(config),
       directory,
       max_bad_fraction=config.data.max_bad_fraction,
       shard=shard,
       num_shards=num_shards,
     )
-  if prepared.is_prepared(directory):
-    print(class_table(prepared.open_prepared(directory)))
-  else:
-    print(f"shard {shard} of {num_shards} is written; others are missing")
+    if not is_complete:
+      print(f"shard {shard} of {num_shards} is written; others are missing")
+      return None
+  data = prepared.open_prepared(directory)
+  counts = ", ".join(f"{len(s)} {name}" for name, s in data.splits.items())
+  print(f"data: {data.name}, {counts} images, {len(data.categories)} classes")
+  return data
 
 
 def audit_data(config: Config, workdir: pathlib.Path) -> None:
