@@ -20,7 +20,6 @@ from jtsm_jax.backbones import efficientnet_lite, pretrained
 from jtsm_jax.types import InputError
 
 CANVAS = 640  # pixels; the longest side of the image is brought to it
-SMALL_CANVAS = 320  # the same of images that it enlarges twice or more
 STAGES = dict(stage3=8, stage5=16, stage7=16)  # and their strides
 SAMPLES = 6  # pixels of a superpixel whose features are averaged
 
@@ -83,12 +82,11 @@ def standardise(features: np.ndarray) -> np.ndarray:
 def _run_network(image: np.ndarray) -> tuple[dict[str, np.ndarray], float]:
   """Maps [h, w, C] of the canvas, and canvas pixels per image pixel."""
   height, width = image.shape[:2]
-  side = CANVAS if 2 * max(height, width) > SMALL_CANVAS else SMALL_CANVAS
-  scale = side / max(height, width)
+  scale = CANVAS / max(height, width)
   size = max(1, round(width * scale)), max(1, round(height * scale))
   method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
   small = cv2.resize(image, size, interpolation=method)
-  canvas = np.zeros((1, side, side, 3), np.float32)
+  canvas = np.zeros((1, CANVAS, CANVAS, 3), np.float32)
   canvas[0, : size[1], : size[0]] = efficientnet_lite.normalise(small)
   maps = jax.device_get(_network()(canvas))
   return {name: values[0] for name, values in maps.items()}, scale
