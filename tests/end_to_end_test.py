@@ -653,7 +653,7 @@ def break_pictures(root):
       write("train_tags.csv", "image,tags\nabsent.jpg,waves\n"),
       "line 2: image 'absent.jpg' is not in",
     ),
-    (spoil(break_pictures), "2 of 18 images cannot be decoded"),
+    (spoil(break_pictures), "3 of 18 images cannot be decoded"),
   ],
 )
 def test_wrong_data(flags, message, folder, fault, tmp_path):
