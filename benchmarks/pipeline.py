@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import itertools
 import json
 import os
@@ -92,9 +93,7 @@ def preparation(args, workdir) -> dict[str, float]:
   def copy_of(split, k):
     i, n = many[k]
     record = source.splits[split][i]
-    return record.__class__(
-      **(vars(record) | {"image_id": f"{record.image_id}-{n}"})
-    )
+    return dataclasses.replace(record, image_id=f"{record.image_id}-{n}")
 
   rates = {}
   for name, splits in dict(

@@ -41,14 +41,8 @@ def map_in_processes(
       yield function(*job)
     return
   with start_processes(num_workers) as pool:
-    waiting: collections.deque = collections.deque()
     try:
-      for job in jobs:
-        waiting.append(pool.submit(function, *job))
-        if len(waiting) >= JOBS_AHEAD * num_workers:
-          yield waiting.popleft().result()
-      while waiting:
-        yield waiting.popleft().result()
+      yield from map_ahead(pool, function, jobs, JOBS_AHEAD * num_workers)
     except concurrent.futures.process.BrokenProcessPool as error:
       raise InputError(
         "a worker process was killed, most likely for want of memory; set the"
@@ -56,6 +50,33 @@ def map_in_processes(
       ) from error
     finally:
       pool.shutdown(wait=True, cancel_futures=True)
+
+
+def map_ahead(
+  pool: concurrent.futures.Executor,
+  function: Callable[..., Any],
+  jobs: Iterable[tuple],
+  ahead: int,
+) -> Iterator[Any]:
+  """Yields `function(*job)` in the order of the jobs, computed by a pool.
+
+  Args:
+    pool: of threads or processes.
+    function: of a job.
+    jobs: its arguments, taken lazily.
+    ahead: at most so many jobs are taken before they are needed.
+  """
+  waiting: collections.deque = collections.deque()
+  try:
+    for job in jobs:
+      waiting.append(pool.submit(function, *job))
+      if len(waiting) >= ahead:
+        yield waiting.popleft().result()
+    while waiting:
+      yield waiting.popleft().result()
+  finally:
+    for future in waiting:
+      future.cancel()
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from jtsm_jax.data.prepared import (
   INFO,
   INSTANCES,
   PANOPTIC,
+  PARTS,
   QUARANTINE,
   TRAIN,
   PreparedData,
@@ -65,7 +66,7 @@ def audit(directory: str | os.PathLike) -> Audit:
   fields: dict = collections.defaultdict(collections.Counter)
   records: dict = collections.Counter()
   faults = list(_strange_files(directory, splits))
-  for part in (IMAGES, PANOPTIC, INSTANCES):
+  for part in PARTS:
     for path in sorted((directory / part).glob("data-*")):
       split = _RECORDS.fullmatch(path.name)
       if split is None:
@@ -150,11 +151,7 @@ def _strange_files(directory: Path, splits: tuple[str, ...]) -> Iterator[str]:
     if path.is_dir():
       continue
     name = path.relative_to(directory)
-    in_part = len(name.parts) == 2 and name.parts[0] in (
-      IMAGES,
-      PANOPTIC,
-      INSTANCES,
-    )
+    in_part = len(name.parts) == 2 and name.parts[0] in PARTS
     records = _RECORDS.fullmatch(path.name)
     of_tfds = records and records[1] in splits
     if in_part and (of_tfds or _DESCRIPTIONS.fullmatch(path.name)):

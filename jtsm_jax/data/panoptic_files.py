@@ -61,18 +61,6 @@ class PanopticFiles(Mapping[str, PanopticMap]):
   def __getitem__(self, image_file: str) -> PanopticMap:
     return _read_map(**self._entries[image_file])
 
-  def png_bytes(self, image_file: str) -> bytes:
-    """The PNG file of an image as it is, to be stored without a new encoding.
-
-    Nothing of it is checked; looking up the map does that.
-
-    Raises:
-      KeyError: there is no such image.
-      InputError: the file cannot be read.
-    """
-    entry = self._entries[image_file]
-    return _png_bytes(entry["path"], entry["json_file"])
-
   def __iter__(self) -> Iterator[str]:
     return iter(self._entries)
 
@@ -382,10 +370,10 @@ def _read_ids(
   path: Path, size: tuple[int | None, int | None], json_file: Path
 ) -> np.ndarray:
   """Decodes a PNG once its header agrees with the JSON."""
+  if not path.is_file():
+    raise InputError(f"{path}: no such file, but {json_file} names it")
   try:
-    image = Image.open(
-      io.BytesIO(_png_bytes(path, json_file)), formats=("PNG",)
-    )
+    image = Image.open(io.BytesIO(read_file(path)), formats=("PNG",))
     width, height = image.size
     if image.mode != "RGB":
       raise InputError(
@@ -406,12 +394,6 @@ def _read_ids(
     raise
   except Exception as error:  # Pillow raises whatever it meets.
     raise InputError(f"{path}: cannot be decoded ({error})") from error
-
-
-def _png_bytes(path: Path, json_file: Path) -> bytes:
-  if not path.is_file():
-    raise InputError(f"{path}: no such file, but {json_file} names it")
-  return read_file(path)
 
 
 def write_panoptic_png(path: str | os.PathLike, ids: np.ndarray) -> None:

@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from jtsm_jax.data.prepared import (
   INSTANCE_ARRAYS,
   INSTANCES,
   PANOPTIC,
+  PARTS,
   QUARANTINE,
   TRAIN,
   VERSION,
@@ -44,12 +44,19 @@ from jtsm_jax.data.prepared import (
 from jtsm_jax.data.source import Source
 from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.types import InputError, PanopticMap, Record, Segment
-from jtsm_jax.workers import available_cores
+from jtsm_jax.workers import JOBS_AHEAD, available_cores, map_ahead
 
 PIECE = 500  # records at most
-AHEAD = 8  # records per thread that are read before they are written
 
 _PLAN = "plan.json"
+# What is noted of each record of a piece.
+_SUMMARY = (
+  "image_ids",
+  "sizes",
+  "tags",
+  "digests",
+  *(f"has_{part}" for part in PARTS),
+)
 _SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
 
@@ -178,7 +185,6 @@ def _write_pieces(
 ) -> None:
   """Writes those pieces that are not there yet."""
   total = sum(p.stop - p.start for p in pieces)
-  allowed = max(1, max_bad_fraction * sum(map(len, source.splits.values())))
   bar = progress(None, "prepare", total=total, unit="image")
   bad = []
   with bar, concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
@@ -188,14 +194,13 @@ def _write_pieces(
         continue
       summary = _write_piece(source, partial, piece, pool, bar)
       bad += summary["bad"]
-      if len(bad) > allowed:
-        _raise_too_many(bad, total, max_bad_fraction)
+      _check_bad(source, bad, max_bad_fraction)
       _write_text(piece.summary_file(partial), json.dumps(summary))
 
 
 def _write_piece(source, partial, piece, pool, bar) -> dict[str, list]:
   """Writes the records of a piece and returns what is in it."""
-  parts = (IMAGES,) if piece.split == TRAIN else (IMAGES, PANOPTIC, INSTANCES)
+  parts = (IMAGES,) if piece.split == TRAIN else PARTS
   writers = {
     part: _Writer(
       piece.record_file(partial, part), features(part, source.categories)
@@ -218,9 +223,10 @@ def _write_piece(source, partial, piece, pool, bar) -> dict[str, list]:
       _check_size(record.image_id, (record.height, record.width), size)
     return record, None, size, _examples(record, size)
 
-  rows = range(piece.start, piece.stop)
+  rows = ((i,) for i in range(piece.start, piece.stop))
+  ahead = JOBS_AHEAD * available_cores()
   try:
-    for record, reason, size, examples in _ahead(pool, read, rows):
+    for record, reason, size, examples in map_ahead(pool, read, rows, ahead):
       bar.update()
       if reason is not None:
         summary["bad"].append(f"{record.image_id}: {reason}")
@@ -232,7 +238,7 @@ def _write_piece(source, partial, piece, pool, bar) -> dict[str, list]:
       summary["sizes"].append(size)
       summary["tags"].append(record.tags)
       summary["digests"].append(hashlib.sha256(record.image).hexdigest())
-      for part in (PANOPTIC, INSTANCES):
+      for part in PARTS:
         summary[f"has_{part}"].append(part in examples)
       for part, example in examples.items():
         writers[part].write(example)
@@ -270,21 +276,6 @@ class _Writer:
     with self._partial.open("rb") as file:
       os.fsync(file.fileno())
     self._partial.replace(self._path)
-
-
-def _ahead(pool, function, items) -> Iterator[Any]:
-  """Yields `function(item)` in order, computed by the threads of `pool`."""
-  waiting: collections.deque = collections.deque()
-  try:
-    for item in items:
-      waiting.append(pool.submit(function, item))
-      if len(waiting) >= AHEAD * available_cores():
-        yield waiting.popleft().result()
-    while waiting:
-      yield waiting.popleft().result()
-  finally:
-    for future in waiting:
-      future.cancel()
 
 
 def _examples(
@@ -357,7 +348,10 @@ def _check_record(record: Record, split: str, num_classes: int) -> None:
     )
 
 
-def _raise_too_many(bad: list[str], total: int, fraction: float) -> None:
+def _check_bad(source: Source, bad: list[str], fraction: float) -> None:
+  total = sum(map(len, source.splits.values()))
+  if len(bad) <= max(1, fraction * total):
+    return
   listed = "".join(f"\n  {line}" for line in bad[:10])
   raise InputError(
     f"{len(bad)} of {total} images cannot be decoded, more than the fraction"
@@ -385,32 +379,24 @@ def _complete(
     own = [p for p in pieces if p.split == split]
     found = [read_json(p.summary_file(partial)) for p in own]
     bad += [line for f in found for line in f["bad"]]
-    index = {
-      k: [x for f in found for x in f.get(k, [])]
-      for k in ("image_ids", "sizes", "tags", "digests", "has_panoptic",
-                "has_instances")
-    }  # fmt: skip
+    index = {k: [x for f in found for x in f.get(k, [])] for k in _SUMMARY}
     _check_ids(split, source.name, index["image_ids"])
     _write_index(partial / f"{split}_index.npz", index, len(source.categories))
-    info["splits"][split] = {
-      IMAGES: len(index["image_ids"]),
-      PANOPTIC: sum(index["has_panoptic"]),
-      INSTANCES: sum(index["has_instances"]),
-    }
-    for part in (IMAGES, PANOPTIC, INSTANCES):
+    info["splits"][split] = {part: sum(index[f"has_{part}"]) for part in PARTS}
+    for part in PARTS:
       if info["splits"][split][part]:
-        key = "image_ids" if part == IMAGES else f"has_{part}"
-        lengths[part][split] = [sum(map(bool, f.get(key, []))) for f in found]
+        lengths[part][split] = [sum(f.get(f"has_{part}", [])) for f in found]
       else:
         for piece in own:
           piece.record_file(partial, part).unlink(missing_ok=True)
-  total = sum(map(len, source.splits.values()))
-  if len(bad) > max(1, max_bad_fraction * total):
+  try:
+    _check_bad(source, bad, max_bad_fraction)
+  except InputError:
     for piece in pieces:  # those images are to be tried again
       if read_json(piece.summary_file(partial))["bad"]:
         piece.summary_file(partial).unlink()
-    _raise_too_many(bad, total, max_bad_fraction)
-  for part in (IMAGES, PANOPTIC, INSTANCES):
+    raise
+  for part in PARTS:
     if part in lengths:
       _write_metadata(partial / part, part, source, lengths[part])
     else:

@@ -47,7 +47,7 @@ VERSION = "2.0.0"
 INFO = "prepared.json"
 QUARANTINE = "quarantine.txt"
 TRAIN = "train"
-IMAGES, PANOPTIC, INSTANCES = "images", "panoptic", "instances"
+PARTS = IMAGES, PANOPTIC, INSTANCES = "images", "panoptic", "instances"
 INDEX_FIELDS = frozenset(
   {
     "image_ids",

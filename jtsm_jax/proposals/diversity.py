@@ -74,7 +74,9 @@ def _least_iou(root: np.ndarray, area: np.ndarray) -> float:
     return LEAST_IOU
   shared = root[::SAMPLE] @ root.T
   iou = shared / (area[::SAMPLE, None] + area - shared)
-  return max(LEAST_IOU, float(np.quantile(iou, 1 - share)))
+  if np.mean(iou > LEAST_IOU) <= share:
+    return LEAST_IOU
+  return float(np.quantile(iou, 1 - share))
 
 
 def select(
