@@ -37,7 +37,7 @@ from jtsm_jax.proposals import (
   ranking,
   record_format,
 )
-from jtsm_jax.types import VOID, Categories, Proposals
+from jtsm_jax.types import VOID, Categories
 
 STAGES = ("cues", "superpixels", "network", "trees", "candidates", "choice")
 
@@ -128,13 +128,7 @@ def one_image(preset, case):
   membership = generate.choose(candidates, graph, scores, settings)
   lap("choice")
   proposals = generate.in_full_size(superpixels, membership, image.shape[:2])
-  first = Proposals(
-    superpixels=proposals.superpixels,
-    membership=proposals.membership[:2000],
-    boxes=proposals.boxes[:2000],
-    scores=proposals.scores[:2000],
-  )
-  encoded = len(record_format.encode_proposals(path.stem, first))
+  encoded = len(record_format.encode_proposals(path.stem, proposals.best(2000)))
   masks, known, category, is_thing = read_truth()
   best = quality.best_mask_iou(
     proposals, masks, known=known, category=category, is_thing=is_thing

@@ -46,8 +46,11 @@ def get_config() -> ml_collections.ConfigDict:
   )
   c.data.eval_canvases = ((672, 896), (896, 672))
   c.data.flip = True
+  # Parts of the images are shown, whose height and width are each at least this
+  # share of the image's; 0.9 in the authors' code. Tags stay the image's own.
+  c.data.crop = 1.0
   # Exposure and saturation change by up to this factor (section 4.1); 1 = not.
-  # Anything else turns the cache of a frozen backbone's features off.
+  # Anything but 1, here and above, turns the cache of features off.
   c.data.colour_factor = 1.5
 
   # Segment proposals.

@@ -407,7 +407,7 @@ def report_proposals(
       continue
     proposals = store.get(image_id)
     results.append(quality.best_iou(proposals, target))
-    most = max(most, len(proposals.membership))
+    most = max(most, len(proposals))
     if config.evaluation.pictures and n % shown == 0:
       image = decode_image(source[n].image)
       sheet = stages.proposal_sheet(image, proposals, target, data.categories)
@@ -513,9 +513,9 @@ def _draw_mined(directory, data, get_proposals, batch, mined, futures) -> None:
     proposals = get_proposals(image_id, image.shape[:2])
     rows = []
     for m in np.flatnonzero(mined.valid[i]):
-      members = proposals.membership[mined.proposal[i, m]]
       mask = futures[i][m].result() if futures else None
-      rows.append((mined.category[i, m], members[proposals.superpixels], mask))
+      segment = proposals.mask(mined.proposal[i, m])
+      rows.append((mined.category[i, m], segment, mask))
     sheet = stages.mining_sheet(image, rows, data.categories)
     write_image(directory / f"{image_id}.jpg", sheet)
 

@@ -13,7 +13,7 @@ from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.models.neck_and_heads import MiningHeads, Neck, TagHead
 from jtsm_jax.models.proposal_features import ProposalFeatures
 from jtsm_jax.models.semantic_branch import SemanticBranch
-from jtsm_jax.types import Batch, Mined, PseudoMasks
+from jtsm_jax.types import Batch, Mined, PseudoMasks, pack_members
 
 CANVAS = (64, 64)
 IMAGE = (40, 48)  # leaves at least two cells of padding on the canvas
@@ -97,9 +97,10 @@ def make_batch(batch_size=2, *, seed=0, image=IMAGE, canvas=CANVAS):
     features=None,
     size=np.tile(np.array(image, np.int32), (batch_size, 1)),
     flip=np.zeros(batch_size, bool),
+    window=np.tile(np.array([0, 0, *image], np.int32), (batch_size, 1)),
     tags=np.zeros((batch_size, K), np.float32),
     superpixels=np.full((batch_size, *canvas), -1, np.int32),
-    membership=np.zeros((batch_size, P, S), bool),
+    member_bits=np.zeros((batch_size, S, -(-P // 8)), np.uint8),
     boxes=np.zeros((batch_size, P, 4), np.float32),
     valid=np.ones((batch_size, P), bool),
   )
@@ -113,15 +114,17 @@ def make_batch(batch_size=2, *, seed=0, image=IMAGE, canvas=CANVAS):
     batch.superpixels[b, :height, :width] = superpixels
     batch.tags[b, rng.integers(NUM_THINGS)] = 1
     batch.tags[b, NUM_THINGS + rng.integers(NUM_STUFF)] = 1
+    membership = np.zeros((P, S), bool)
     for p in range(P):
-      batch.membership[b, p, rng.permutation(S)[: 1 + p % 4]] = True
-      rows, columns = np.nonzero(batch.membership[b, p][superpixels])
+      membership[p, rng.permutation(S)[: 1 + p % 4]] = True
+      rows, columns = np.nonzero(membership[p][superpixels])
       batch.boxes[b, p] = (
         rows.min(),
         columns.min(),
         rows.max() + 1,
         columns.max() + 1,
       )
+    batch.member_bits[b] = pack_members(membership)
   return batch
 
 
@@ -149,7 +152,7 @@ def proposal_masks(batch):
   def one(membership, superpixels):
     return membership[:, jnp.maximum(superpixels, 0)] & (superpixels >= 0)
 
-  return jax.vmap(one)(jnp.asarray(batch.membership), batch.superpixels)
+  return jax.vmap(one)(batch.membership, batch.superpixels)
 
 
 def pseudo_masks(batch, mined, *, stride=4):

@@ -17,8 +17,22 @@ import numpy as np
 
 from jtsm_jax.data.prepared import RecordSource
 from jtsm_jax.data.sampling import BatchPlan, batch_plan, inference_plans
-from jtsm_jax.data.transforms import decode_image, fit_to_canvas, jitter_hsv
-from jtsm_jax.types import PADDING, Batch, InputError, Proposals
+from jtsm_jax.data.transforms import (
+  crop_proposals,
+  decode_image,
+  jitter_hsv,
+  scale_boxes,
+  scale_image,
+  scale_labels,
+  scaled_size,
+)
+from jtsm_jax.types import (
+  PADDING,
+  Batch,
+  InputError,
+  Proposals,
+  pack_members,
+)
 
 _COLOUR = 2  # The stream of random numbers beside those of sampling.py.
 
@@ -44,6 +58,7 @@ def make_pipeline(
   start_step: int = 0,
   load_images: bool = True,
   flip: bool = True,
+  crop: float = 1.0,
   colour_factor: float = 1.0,
   process_index: int = 0,
   process_count: int = 1,
@@ -65,6 +80,8 @@ def make_pipeline(
     start_step: the first step.
     load_images: False gives `images=None`, for cached features.
     flip: mirror each image with probability 1/2.
+    crop: the least share of an image's height and width that is shown, see
+      `sampling.batch_plan`; 1 shows whole images. Tags stay the image's own.
     colour_factor: exposure and saturation change by up to this; 1 for none.
     process_index: k; this process gets the k-th slice of each batch.
     process_count: n; must divide `batch_size`.
@@ -94,6 +111,7 @@ def make_pipeline(
       canvases=canvases,
       batch_size=batch_size,
       flip=flip,
+      crop=crop,
     )
 
   def batch_of(step: int) -> tuple[int, Batch]:
@@ -104,7 +122,7 @@ def make_pipeline(
       for position in range(batch_size)
     ]
     batch = make_batch(
-      BatchPlan(plan.canvas, plan.indices[local], plan.flips[local]),
+      plan.part(local),
       source,
       get_proposals,
       max_proposals=max_proposals,
@@ -175,7 +193,7 @@ def inference_batches(
 
   def batch_of(plan: BatchPlan) -> Batch:
     return make_batch(
-      BatchPlan(plan.canvas, plan.indices[local], plan.flips[local]),
+      plan.part(local),
       source,
       get_proposals,
       max_proposals=max_proposals,
@@ -201,7 +219,7 @@ def make_batch(
   """Makes the batch of a plan.
 
   Args:
-    plan: canvas, images and flips; index -1 gives a padding example.
+    plan: what to show; index -1 gives a padding example.
     source: the split.
     get_proposals: (image id, (height, width)) -> Proposals.
     max_proposals: P; more are cut, best first.
@@ -212,7 +230,8 @@ def make_batch(
 
   Returns:
     The batch as described in `types.Batch`. Padded proposals belong to no
-    superpixel and have the box (0, 0, 1, 1).
+    superpixel and have the box (0, 0, 1, 1), which those have, too, of which
+    the window shows nothing.
 
   Raises:
     InputError: proposals do not fit the image or S.
@@ -230,9 +249,10 @@ def make_batch(
     features=None,
     size=np.zeros((B, 2), np.int32),
     flip=np.asarray(plan.flips, bool),
+    window=np.zeros((B, 4), np.int32),
     tags=np.zeros((B, source.tags.shape[1]), np.float32),
     superpixels=np.full((B, *plan.canvas), PADDING, np.int32),
-    membership=np.zeros((B, P, S), bool),
+    member_bits=np.zeros((B, S, -(-P // 8)), np.uint8),
     boxes=np.tile(np.array([0, 0, 1, 1], np.float32), (B, P, 1)),
     valid=np.zeros((B, P), bool),
   )
@@ -243,29 +263,28 @@ def make_batch(
     size = tuple(source.sizes[i].tolist())
     proposals = get_proposals(image_id, size)
     _check_proposals(image_id, size, proposals, S)
-    image = None
+    proposals = proposals.best(P)
+    y0, x0, y1, x1 = window = plan.windows[b]
+    superpixels, boxes, left = crop_proposals(proposals, window)
+    h, w = scaled_size((y1 - y0, x1 - x0), plan.canvas)
+    scale_labels(superpixels, batch.superpixels[b, :h, :w], flip=plan.flips[b])
     if load_images:
       image = decode_image(source[i].image, name=image_id)
-    image, batch.size[b], batch.superpixels[b], boxes = fit_to_canvas(
-      image,
-      proposals.superpixels,
-      proposals.boxes[:P],
-      canvas=plan.canvas,
-      flip=bool(plan.flips[b]),
-    )
-    if image is not None:
-      batch.images[b] = image
+      _check_image(image_id, size, image)
+      inside = batch.images[b, :h, :w]
+      scale_image(image[y0:y1, x0:x1], inside, flip=plan.flips[b])
       if colour_factor != 1:
-        h, w = batch.size[b]
-        inside = batch.images[b, :h, :w]
         inside[:] = jitter_hsv(rngs[b], inside, factor=colour_factor)
-    num_superpixels = proposals.membership.shape[1]
-    batch.membership[b, : len(boxes), :num_superpixels] = proposals.membership[
-      :P
-    ]
-    batch.boxes[b, : len(boxes)] = boxes
-    batch.valid[b, : len(boxes)] = True
+    batch.size[b] = h, w
+    batch.window[b] = window
     batch.tags[b] = source.tags[i]
+    num_superpixels, num_bytes = proposals.member_bits.shape
+    batch.member_bits[b, :num_superpixels, :num_bytes] = proposals.member_bits
+    batch.boxes[b, : len(boxes)] = scale_boxes(
+      boxes, superpixels.shape, (h, w), flip=plan.flips[b]
+    )
+    batch.boxes[b, : len(boxes)][~left] = 0, 0, 1, 1
+    batch.valid[b, : len(boxes)] = left
   return batch
 
 
@@ -273,7 +292,7 @@ def images_on_canvas(plan: BatchPlan, source: RecordSource) -> np.ndarray:
   """The `images` of `make_batch` with unchanged colours, without proposals.
 
   Args:
-    plan: canvas, images and flips; index -1 gives a black image.
+    plan: what to show; index -1 gives a black image.
     source: the split.
 
   Returns:
@@ -284,13 +303,9 @@ def images_on_canvas(plan: BatchPlan, source: RecordSource) -> np.ndarray:
     if i < 0:
       continue
     image = decode_image(source[i].image, name=source.image_ids[i])
-    images[b] = fit_to_canvas(
-      image,
-      np.zeros(image.shape[:2], np.int32),
-      np.zeros((0, 4)),
-      canvas=plan.canvas,
-      flip=bool(plan.flips[b]),
-    )[0]
+    y0, x0, y1, x1 = plan.windows[b]
+    h, w = scaled_size((y1 - y0, x1 - x0), plan.canvas)
+    scale_image(image[y0:y1, x0:x1], images[b, :h, :w], flip=plan.flips[b])
   return images
 
 
@@ -316,7 +331,7 @@ def with_fallback(
       )
     return Proposals(
       superpixels=np.zeros(size, np.int32),
-      membership=np.ones((1, 1), bool),
+      member_bits=pack_members(np.ones((1, 1), bool)),
       boxes=np.array([[0, 0, *size]], np.int32),
       scores=np.ones(1, np.float32),
     )
@@ -333,12 +348,22 @@ def _check_proposals(
       f"the proposals of {image_id!r} are for an image of {found} (height,"
       f" width), the data set has {size}; generate the proposals again"
     )
-  count = proposals.membership.shape[1]
+  count = len(proposals.member_bits)
   if count > S:
     raise InputError(
       f"image {image_id!r} has {count} superpixels, more than"
       f" max_superpixels={S}; set it to at least {count}, or generate the"
       " proposals with fewer superpixels"
+    )
+
+
+def _check_image(
+  image_id: str, size: tuple[int, int], image: np.ndarray
+) -> None:
+  if image.shape[:2] != size:
+    raise InputError(
+      f"image {image_id!r} is {image.shape[:2]} (height, width), its index says"
+      f" {size}; prepare the data set again"
     )
 
 

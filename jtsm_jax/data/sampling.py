@@ -23,11 +23,23 @@ class BatchPlan:
     canvas: (H, W), pixels.
     indices: [B] int32, positions in the split; -1 marks a padding example.
     flips: [B] bool, mirror left and right.
+    windows: [B, 4] int32 (y0, x0, y1, x1), the part of each image that is
+      shown, half-open, pixels of the image.
   """
 
   canvas: tuple[int, int]
   indices: np.ndarray
   flips: np.ndarray
+  windows: np.ndarray
+
+  def part(self, examples: slice) -> BatchPlan:
+    """The plan of some of the examples."""
+    return BatchPlan(
+      self.canvas,
+      self.indices[examples],
+      self.flips[examples],
+      self.windows[examples],
+    )
 
 
 def batch_plan(
@@ -38,6 +50,7 @@ def batch_plan(
   canvases: tuple[tuple[int, int], ...],
   batch_size: int,
   flip: bool = True,
+  crop: float = 1.0,
 ) -> BatchPlan:
   """Plans the batch of a step, as a pure function of (seed, step).
 
@@ -54,15 +67,21 @@ def batch_plan(
     canvases: the (H, W) that a batch may have.
     batch_size: images in a batch, over all processes.
     flip: mirror each image with probability 1/2.
+    crop: show a part of each image, at a random place, whose height and width
+      are each a random share, uniform in [crop, 1], of the image's; 1 for the
+      whole image.
 
   Returns:
     The plan, for all processes.
 
   Raises:
-    ValueError: no images, no canvases, or a batch size below 1.
+    ValueError: no images, no canvases, a batch size below 1, or a crop outside
+      (0, 1].
   """
   portrait = _portrait(sizes)
   _check(portrait, canvases, batch_size)
+  if not 0 < crop <= 1:
+    raise ValueError(f"crop is {crop}, must be in (0, 1]; 1 does not crop")
   num_batches = num_batches_per_epoch(sizes, batch_size=batch_size)
   epoch, position = divmod(step, num_batches)
   indices = _epoch(seed, epoch, portrait.tobytes(), batch_size)[position]
@@ -70,7 +89,20 @@ def batch_plan(
   rng = np.random.default_rng((seed, _STEP, step))
   canvas = fitting[rng.integers(len(fitting))]
   flips = rng.random(batch_size) < 0.5
-  return BatchPlan(canvas, indices, flips if flip else np.zeros_like(flips))
+  return BatchPlan(
+    canvas,
+    indices,
+    flips if flip else np.zeros_like(flips),
+    _windows(rng, np.asarray(sizes)[indices], crop),
+  )
+
+
+def _windows(rng: np.random.Generator, sizes: np.ndarray, crop: float):
+  """Random parts [B, 4] of images of the sizes [B, 2]."""
+  parts = np.round(sizes * rng.uniform(crop, 1, sizes.shape))
+  parts = np.clip(parts.astype(np.int32), 1, sizes)
+  first = rng.integers(0, sizes - parts, endpoint=True).astype(np.int32)
+  return np.concatenate([first, first + parts], axis=1)
 
 
 def num_batches_per_epoch(sizes: np.ndarray, *, batch_size: int) -> int:
@@ -131,8 +163,21 @@ def inference_plans(
       indices = np.full(batch_size, -1, np.int32)
       chunk = members[start : start + batch_size]
       indices[: len(chunk)] = chunk
-      plans.append(BatchPlan(canvas, indices, np.full(batch_size, flip)))
+      plans.append(
+        BatchPlan(
+          canvas,
+          indices,
+          np.full(batch_size, flip),
+          whole_windows(sizes, indices),
+        )
+      )
   return plans
+
+
+def whole_windows(sizes: np.ndarray, indices: np.ndarray) -> np.ndarray:
+  """The windows of a plan that shows whole images: [B, 4] int32."""
+  shown = np.asarray(sizes, np.int32)[indices]
+  return np.concatenate([np.zeros_like(shown), shown], axis=1)
 
 
 def _portrait(sizes: np.ndarray) -> np.ndarray:

@@ -6,9 +6,10 @@ import io
 
 import cv2
 import numpy as np
+import scipy.ndimage
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from jtsm_jax.types import PADDING, InputError
+from jtsm_jax.types import InputError, Proposals
 
 MAX_PIXELS = 64_000_000
 """Largest image that is decoded; guards against decompression bombs."""
@@ -105,69 +106,110 @@ def _to_rgb(image: Image.Image) -> Image.Image:
   return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def fit_to_canvas(
-  image: np.ndarray | None,
-  superpixels: np.ndarray,
-  boxes: np.ndarray,
-  *,
-  canvas: tuple[int, int],
-  flip: bool,
-) -> tuple[np.ndarray | None, np.ndarray, np.ndarray, np.ndarray]:
-  """Scales an image and its proposals into the top left of a canvas.
+def scaled_size(
+  size: tuple[int, int], canvas: tuple[int, int]
+) -> tuple[int, int]:
+  """Height and width of an image that is scaled to fit a canvas, pixels.
 
   The scale is min(H / h, W / w), so the aspect ratio is kept up to the rounding
-  to whole pixels. `flip` mirrors inside the image's own width: the padding
-  stays at the right and at the bottom.
+  to whole pixels.
+  """
+  scale = min(canvas[0] / size[0], canvas[1] / size[1])
+  height, width = (
+    min(max(round(n * scale), 1), most)
+    for n, most in zip(size, canvas, strict=True)
+  )
+  return height, width
+
+
+def scale_image(image: np.ndarray, out: np.ndarray, *, flip: bool) -> None:
+  """Scales [h, w, 3] uint8 into `out` [H, W, 3], mirrored if `flip`."""
+  if image.shape[0] > out.shape[0] or image.shape[1] > out.shape[1]:
+    method = cv2.INTER_AREA
+  else:
+    method = cv2.INTER_LINEAR
+  _resize(image, out, method, flip)
+
+
+def scale_labels(labels: np.ndarray, out: np.ndarray, *, flip: bool) -> None:
+  """Scales [h, w] int32 into `out` [H, W], sampled at the pixels' centres."""
+  _resize(labels, out, cv2.INTER_NEAREST_EXACT, flip)
+
+
+def _resize(array, out, method, flip) -> None:
+  size = out.shape[1::-1]
+  if flip:
+    cv2.flip(cv2.resize(array, size, interpolation=method), 1, dst=out)
+  else:
+    cv2.resize(array, size, dst=out, interpolation=method)
+
+
+def scale_boxes(
+  boxes: np.ndarray,
+  size: tuple[int, int],
+  new_size: tuple[int, int],
+  *,
+  flip: bool,
+) -> np.ndarray:
+  """Boxes in a scaled image.
 
   Args:
-    image: [h, w, 3] uint8, or None where only the proposals are wanted.
-    superpixels: [h, w] int32.
-    boxes: [P, 4] (y0, x0, y1, x1) in pixels of the image.
-    canvas: (H, W), pixels.
+    boxes: [P, 4] (y0, x0, y1, x1), pixels of an image of `size`.
+    size: (height, width).
+    new_size: (height, width) after scaling.
     flip: mirror left and right.
 
   Returns:
-    (image [H, W, 3] uint8 padded with 0, or None;
-    size [2] int32, height and width of the image on the canvas;
-    superpixels [H, W] int32 padded with -1, nearest sampling at pixel centres;
-    boxes [P, 4] float32, pixels of the canvas).
-
-  Raises:
-    ValueError: image and superpixel map differ in size.
+    [P, 4] float32, pixels of the scaled image.
   """
-  h, w = superpixels.shape
-  if image is not None and image.shape[:2] != (h, w):
-    raise ValueError(
-      f"image is {image.shape[:2]} but superpixels are {(h, w)}; both must"
-      " have the size of the image"
-    )
-  scale = min(canvas[0] / h, canvas[1] / w)
-  new_h = min(max(round(h * scale), 1), canvas[0])
-  new_w = min(max(round(w * scale), 1), canvas[1])
+  factors = np.array(new_size, np.float64) / size
+  scaled = np.asarray(boxes, np.float64).reshape(-1, 4) * np.tile(factors, 2)
+  if flip:
+    scaled[:, [1, 3]] = new_size[1] - scaled[:, [3, 1]]
+  return scaled.astype(np.float32)
 
-  resized = cv2.resize(
-    superpixels, (new_w, new_h), interpolation=cv2.INTER_NEAREST_EXACT
+
+def crop_proposals(
+  proposals: Proposals, window: tuple[int, int, int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """What is left of the proposals inside a window of their image.
+
+  Args:
+    proposals: of the whole image.
+    window: (y0, x0, y1, x1), half-open, pixels.
+
+  Returns:
+    (superpixels [h, w] int32 of the window;
+    boxes [P, 4] int32 in the window, tight around what is left of each mask,
+    (0, 0, 1, 1) where nothing is;
+    [P] bool, whether a pixel is left).
+  """
+  y0, x0, y1, x1 = window
+  superpixels = proposals.superpixels[y0:y1, x0:x1]
+  low, high = proposals.boxes[:, :2], proposals.boxes[:, 2:]
+  boxes = proposals.boxes - np.tile([y0, x0], 2).astype(np.int32)
+  cut = ((low < (y0, x0)) | (high > (y1, x1))).any(1)
+  if not cut.any():
+    return superpixels, boxes, np.ones(len(boxes), bool)
+  # Boxes of the superpixels; of one that is not in the window an empty one.
+  far = max(superpixels.shape)
+  corners = np.tile([far, far, 0, 0], (len(proposals.member_bits), 1))
+  slices = scipy.ndimage.find_objects(superpixels + 1)
+  for index, found in enumerate(slices):
+    if found is not None:
+      rows, columns = found
+      corners[index] = rows.start, columns.start, rows.stop, columns.stop
+  members = proposals.membership[cut]
+  boxes[cut] = np.stack(
+    [
+      *(np.where(members, c, far).min(1) for c in corners[:, :2].T),
+      *(np.where(members, c, 0).max(1) for c in corners[:, 2:].T),
+    ],
+    axis=1,
   )
-  superpixels_out = np.full(canvas, PADDING, np.int32)
-  superpixels_out[:new_h, :new_w] = resized[:, ::-1] if flip else resized
-
-  factors = np.array([new_h / h, new_w / w] * 2, np.float64)
-  boxes_out = np.asarray(boxes, np.float64).reshape(-1, 4) * factors
-  if flip:
-    boxes_out[:, [1, 3]] = new_w - boxes_out[:, [3, 1]]
-  boxes_out = boxes_out.astype(np.float32)
-
-  size = np.array([new_h, new_w], np.int32)
-  if image is None:
-    return None, size, superpixels_out, boxes_out
-  if (new_h, new_w) != (h, w):
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    image = cv2.resize(image, (new_w, new_h), interpolation=method)
-  if flip:
-    image = cv2.flip(image, 1)
-  image_out = np.zeros((*canvas, 3), np.uint8)
-  image_out[:new_h, :new_w] = image
-  return image_out, size, superpixels_out, boxes_out
+  left = boxes[:, 2] > boxes[:, 0]
+  boxes[~left] = 0, 0, 1, 1
+  return superpixels, boxes, left
 
 
 def jitter_hsv(

@@ -128,7 +128,7 @@ def detect(
     Detections with the proposals' own masks.
   """
   areas = np.bincount(
-    proposals.superpixels.ravel(), minlength=proposals.membership.shape[1]
+    proposals.superpixels.ravel(), minlength=len(proposals.member_bits)
   ).astype(np.float32)
   members = proposals.membership.astype(np.float32)
   size = members @ areas

@@ -128,18 +128,12 @@ def predict(
           continue
         size = tuple(int(side) for side in source.sizes[index])
         proposals = get_proposals(source.image_ids[index], size)
-        count = min(len(proposals.boxes), settings.max_proposals)
-        proposals = dataclasses.replace(
-          proposals,
-          membership=proposals.membership[:count],
-          boxes=proposals.boxes[:count],
-          scores=proposals.scores[:count],
-        )
+        proposals = proposals.best(settings.max_proposals)
         y = scores.image[i]
         present = y >= calibration.tag_threshold
         present[y.argmax()] = True  # every image shows something
         calibrated = np.minimum(
-          scores.proposals[i, :count] / calibration.score_scale, 1.0
+          scores.proposals[i, : len(proposals)] / calibration.score_scale, 1.0
         )
         calibrated = calibrated * present
         detections = detect(

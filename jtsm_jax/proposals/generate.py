@@ -22,7 +22,7 @@ from jtsm_jax.proposals.region_graph import (
   superpixel_boxes,
 )
 from jtsm_jax.proposals.superpixels import make_superpixels
-from jtsm_jax.types import InputError, Proposals
+from jtsm_jax.types import InputError, Proposals, pack_members
 
 VERSION = "3"
 """Part of a store's key: raise it when a change alters what is proposed."""
@@ -221,7 +221,7 @@ def in_full_size(
   boxes = tight_boxes(superpixels, membership)
   return Proposals(
     superpixels=stretch(superpixels, shape),
-    membership=membership,
+    member_bits=pack_members(membership),
     boxes=_stretch_boxes(boxes, superpixels.shape, shape),
     scores=np.linspace(1, 0, len(membership), endpoint=False, dtype=np.float32),
   )

@@ -28,7 +28,7 @@ from jtsm_jax.data import mat_files
 from jtsm_jax.proposals import record_format
 from jtsm_jax.proposals.fill_store import Maker
 from jtsm_jax.proposals.generate import tight_boxes
-from jtsm_jax.types import InputError, Proposals, Record
+from jtsm_jax.types import InputError, Proposals, Record, pack_members
 
 MAX_PIXELS = 1 << 26  # of a mask; a file may claim anything
 MAX_MAT_BYTES = 1 << 29  # of a variable; 64 megapixels in MATLAB's numbers
@@ -295,7 +295,7 @@ def _ordered(
   order = order[np.sort(first)][:max_proposals]
   return Proposals(
     superpixels=superpixels,
-    membership=membership[order],
+    member_bits=pack_members(membership[order]),
     boxes=tight_boxes(superpixels, membership[order]),
     scores=scores[order].astype(np.float32),
   )

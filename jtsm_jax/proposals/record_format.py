@@ -1,9 +1,9 @@
 """The bytes of the proposals of one image.
 
 magic "JTSM", header length (uint32), header (JSON: image id, H, W, S, P),
-and one Zstandard frame of superpixels (uint16 [H, W]), membership (bits,
-[S, ceil(P / 8)]: by superpixels it packs twice as well as by proposals),
-boxes (int32 [P, 4]), scores (float32 [P]), all little-endian
+and one Zstandard frame of superpixels (uint16 [H, W]), member bits (uint8
+[S, ceil(P / 8)], see `types.pack_members`), boxes (int32 [P, 4]), scores
+(float32 [P]), all little-endian
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import itertools
 import json
 import struct
 
-import cv2
 import numpy as np
 import zstandard
 
@@ -34,7 +33,7 @@ def encode_proposals(image_id: str, proposals: Proposals) -> bytes:
   if fault:
     raise ValueError(f"proposals of image {image_id!r}: {fault}.")
   height, width = proposals.superpixels.shape
-  num_proposals, num_superpixels = proposals.membership.shape
+  num_proposals, num_superpixels = len(proposals), len(proposals.member_bits)
   header = json.dumps(
     dict(
       image_id=image_id,
@@ -47,7 +46,7 @@ def encode_proposals(image_id: str, proposals: Proposals) -> bytes:
   body = b"".join(
     [
       proposals.superpixels.astype("<u2").tobytes(),
-      np.packbits(proposals.membership.T, axis=1).tobytes(),
+      proposals.member_bits.tobytes(),
       proposals.boxes.astype("<i4").tobytes(),
       proposals.scores.astype("<f4").tobytes(),
     ]
@@ -101,12 +100,9 @@ def decode_proposals(data: bytes) -> tuple[str, Proposals]:
       stops, stops[1:], ("<u2", "u1", "<i4", "<f4"), strict=False
     )
   )
-  member = np.unpackbits(
-    bits.reshape(num_superpixels, row), axis=1, count=num_proposals
-  )
   proposals = Proposals(
     superpixels=labels.reshape(height, width).astype(np.int32),
-    membership=cv2.transpose(member).view(bool),  # much faster than numpy
+    member_bits=bits.reshape(num_superpixels, row),
     boxes=boxes.reshape(num_proposals, 4).astype(np.int32),
     scores=scores.astype(np.float32),
   )
@@ -118,11 +114,15 @@ def decode_proposals(data: bytes) -> tuple[str, Proposals]:
 
 def _find_fault(proposals: Proposals) -> str | None:
   """What is wrong with `proposals`, or None."""
-  labels, member = proposals.superpixels, proposals.membership
-  if labels.ndim != 2 or labels.size == 0 or member.ndim != 2:
-    return f"superpixels are {labels.shape}, membership is {member.shape}"
+  labels, bits = proposals.superpixels, proposals.member_bits
+  count = len(proposals)
+  if labels.ndim != 2 or labels.size == 0 or bits.ndim != 2:
+    return f"superpixels are {labels.shape}, their bits are {bits.shape}"
   height, width = labels.shape
-  count, num_superpixels = member.shape
+  num_superpixels, row = bits.shape
+  spare = 8 * row - count
+  if not 0 <= spare < 8 or (bits[:, -1:] & (1 << spare) - 1).any():
+    return f"{row} bytes of bits for {count} proposals, or one bit too many"
   if num_superpixels > MAX_SUPERPIXELS:
     return f"{num_superpixels} superpixels, at most {MAX_SUPERPIXELS} fit"
   if labels.min() < 0 or labels.max() >= num_superpixels:

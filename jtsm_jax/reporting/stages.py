@@ -76,9 +76,9 @@ def proposal_sheet(
     overlay_panoptic(image, best_proposals(proposals, target), categories),
     overlay_panoptic(image, target, categories),
   ]
-  count = len(proposals.membership)
+  count = len(proposals)
   titles = [
-    f"{proposals.membership.shape[1]} superpixels",
+    f"{len(proposals.member_bits)} superpixels",
     f"first {min(PROPOSALS_SHOWN, count)} of {count} proposals",
     "best proposal of each segment",
     "ground truth",

@@ -161,10 +161,10 @@ def draw_proposals(
   """
   _check(image, proposals.superpixels, "superpixel map of the proposals")
   canvas = _enlarge(image)
-  n = min(n, len(proposals.membership))
+  n = min(n, len(proposals))
   colours = _ramp(n)
   for rank in reversed(range(n)):
-    mask = proposals.membership[rank][proposals.superpixels]
+    mask = proposals.mask(rank)
     # Padding is -1, which indexes the last superpixel.
     mask = mask & (proposals.superpixels != PADDING)
     index = _enlarge_labels(mask.astype(int), canvas.shape[:2])

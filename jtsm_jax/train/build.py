@@ -93,6 +93,11 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
     )
   for field in ("canvases", "eval_canvases"):
     canvases(config, field)
+  if not 0 < config.data.crop <= 1:
+    raise InputError(
+      f"config.data.crop is {config.data.crop}; wanted a share of an image's"
+      " height and width in (0, 1]; 1 does not crop"
+    )
 
 
 def build_model(
@@ -300,8 +305,8 @@ def caches_features(
     return False
   sizes = set(canvases(config, "eval_canvases"))
   if split == "train":
-    if config.data.colour_factor != 1:
-      return False  # every step sees other colours
+    if config.data.colour_factor != 1 or config.data.crop != 1:
+      return False  # every step sees other colours or other parts
     sizes |= set(canvases(config, "canvases"))
   size = cache_bytes(
     model, variables, canvases=tuple(sizes), num_images=len(source)

@@ -86,7 +86,9 @@ class FeatureCache:
       self._files[name] = self._open(name, shape)
     maps, marks = self._files[name]
     for i in np.flatnonzero(real & (marks[rows] == 0)):
-      plan = BatchPlan(canvas, batch.image_index[[i]], batch.flip[[i]])
+      plan = BatchPlan(
+        canvas, batch.image_index[[i]], batch.flip[[i]], batch.window[[i]]
+      )
       image = images_on_canvas(plan, self._source)
       maps[rows[i]] = np.asarray(self._extract(image)[0])
       marks[rows[i]] = 1

@@ -101,6 +101,7 @@ def train(
       num_steps=warm_up_steps if warming_up else config.train.steps,
       load_images=load_images,
       flip=config.data.flip,
+      crop=config.data.crop,
       colour_factor=config.data.colour_factor,
       process_index=jax.process_index(),
       process_count=jax.process_count(),

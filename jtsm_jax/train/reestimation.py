@@ -54,7 +54,7 @@ def _submit_one(reestimator, source, get_proposals, index, proposal):
   def load():
     image = decode_image(source[index].image, name=image_id)
     proposals = get_proposals(image_id, image.shape[:2])
-    return image, proposals.membership[proposal][proposals.superpixels]
+    return image, proposals.mask(proposal)
 
   return reestimator.submit(image_id, proposal, load)
 
@@ -77,13 +77,20 @@ def collect(futures: Futures, batch: Batch, *, mask_stride: int) -> PseudoMasks:
     for m, future in enumerate(slots):
       if future is not None:
         masks[i, m] = _on_canvas(
-          future.result(), batch.size[i], batch.flip[i], shape, mask_stride
+          future.result(),
+          batch.window[i],
+          batch.size[i],
+          batch.flip[i],
+          shape,
+          mask_stride,
         )
         valid[i, m] = True
   return PseudoMasks(masks, valid)
 
 
-def _on_canvas(mask, size, flip, shape, stride):
+def _on_canvas(mask, window, size, flip, shape, stride):
+  y0, x0, y1, x1 = window
+  mask = mask[y0:y1, x0:x1]
   canvas = np.zeros(shape, bool)
   rows, columns = (
     (np.arange(cells) * stride + stride // 2)[: -(-int(side) // stride)]

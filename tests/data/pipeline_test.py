@@ -17,7 +17,13 @@ from PIL import Image
 from jtsm_jax.data import pipeline, prepared, sampling
 from jtsm_jax.data.prepare import prepare
 from jtsm_jax.data.source import Source
-from jtsm_jax.types import Categories, InputError, Proposals, Record
+from jtsm_jax.types import (
+  Categories,
+  InputError,
+  Proposals,
+  Record,
+  pack_members,
+)
 
 CATEGORIES = Categories.from_list(
   [
@@ -52,7 +58,10 @@ def proposals_of(i, *, count=3):
     [[0, 0, height, width]] + [[0, width // 2, height, width]] * (count - 1)
   )
   return Proposals(
-    superpixels, membership, boxes, -np.arange(count, dtype=np.float32)
+    superpixels,
+    pack_members(membership),
+    boxes,
+    -np.arange(count, dtype=np.float32),
   )
 
 
@@ -138,7 +147,9 @@ def test_images_on_canvas_are_those_of_the_batch(source):
   for _, batch in start(source):
     indices = batch.image_index.copy()
     indices[1] = -1
-    plan = sampling.BatchPlan(batch.images.shape[1:3], indices, batch.flip)
+    plan = sampling.BatchPlan(
+      batch.images.shape[1:3], indices, batch.flip, batch.window
+    )
     images = pipeline.images_on_canvas(plan, source)
     np.testing.assert_array_equal(images[0], batch.images[0])
     assert not images[1].any()
@@ -155,17 +166,22 @@ def test_start_step_continues_the_run(source):
   assert_equal(steps[9:], list(start(source, start_step=9, colour_factor=1.5)))
 
 
-def test_state_resumes_exactly(source):
-  iterator = start(source, colour_factor=1.5)
-  for _ in range(5):
+@pytest.mark.parametrize("stop", [0, 1, 5, 6, 17, 49])
+def test_state_resumes_exactly(source, stop):
+  """The next 50 batches, over several epochs, ids and bytes."""
+  options = dict(colour_factor=1.5, crop=0.7, num_steps=stop + 50)
+  iterator = start(source, **options)
+  for _ in range(stop):
     next(iterator)
   state = json.loads(json.dumps(iterator.get_state()))
   wanted = list(iterator)
-  assert len(wanted) == 9
-  resumed = start(source, colour_factor=1.5)
+  assert len(wanted) == 50
+  resumed = start(source, **options)
   next(resumed)
   resumed.set_state(state)
-  assert_equal(wanted, list(resumed))
+  found = list(resumed)
+  assert [step for step, _ in found] == list(range(stop, stop + 50))
+  assert_equal(wanted, found)
   assert isinstance(iterator, grain.DatasetIterator)
 
 
@@ -249,6 +265,56 @@ def test_processes_share_a_batch(source):
     joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second)
     assert_equal(batch, joined)
     assert isinstance(step, int)
+
+
+def test_crops_show_parts_of_the_same_images(source):
+  """Pixels, superpixels, boxes and tags of each window, from its numbers."""
+  some_cut = 0
+  for (_, plain), (_, batch) in zip(
+    start(source), start(source, crop=0.4), strict=True
+  ):
+    np.testing.assert_array_equal(batch.image_index, plain.image_index)
+    np.testing.assert_array_equal(batch.flip, plain.flip)
+    np.testing.assert_array_equal(batch.tags, plain.tags)
+    for b, i in enumerate(batch.image_index.tolist()):
+      y0, x0, y1, x1 = batch.window[b]
+      h, w = SIZES[i]
+      assert 0 <= y0 < y1 <= h
+      assert 0 <= x0 < x1 <= w
+      assert y1 - y0 >= round(0.4 * h)
+      assert x1 - x0 >= round(0.4 * w)
+      np.testing.assert_array_equal(plain.window[b], [0, 0, h, w])
+      height, width = batch.size[b]
+      assert height == batch.superpixels.shape[1] or (
+        width == batch.superpixels.shape[2]
+      )
+      rows = (np.arange(height) + 0.5) * (y1 - y0) / height
+      columns = (np.arange(width) + 0.5) * (x1 - x0) / width
+      part = proposals_of(i).superpixels[y0:y1, x0:x1]
+      part = part[rows.astype(int)][:, columns.astype(int)]
+      if batch.flip[b]:
+        part = part[:, ::-1]
+      shown = batch.superpixels[b, :height, :width]
+      np.testing.assert_array_equal(shown, part)
+      for p in range(3):
+        mask = np.asarray(batch.membership[b, p])[shown]
+        assert batch.valid[b, p] == mask.any()
+        box = [0, 0, 1, 1]
+        if mask.any():
+          y, x = np.nonzero(mask)
+          box = [y.min(), x.min(), y.max() + 1, x.max() + 1]
+        np.testing.assert_allclose(batch.boxes[b, p], box, atol=0.5 + 1e-5)
+        some_cut += not mask.any()
+      mean = pixels(i)[y0:y1, x0:x1].mean()
+      image = batch.images[b, :height, :width]
+      assert abs(image.mean() - mean) < 12
+  assert some_cut
+
+
+@pytest.mark.parametrize("crop", [0, -1, 1.01])
+def test_impossible_crop(source, crop):
+  with pytest.raises(ValueError, match=r"crop is .*\(0, 1\]"):
+    start(source, crop=crop)
 
 
 def test_colours_change_but_not_the_padding(source):

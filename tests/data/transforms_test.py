@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from jtsm_jax.data import transforms
-from jtsm_jax.types import InputError
+from jtsm_jax.types import InputError, Proposals, pack_members
 
 # Left half red, right half blue; top row of the red half green.
 PICTURE = np.zeros((4, 6, 3), np.uint8)
@@ -25,6 +25,18 @@ def encode(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
   data = io.BytesIO()
   image.save(data, format=file_format, **options)
   return data.getvalue()
+
+
+def fit(image, superpixels, boxes, *, canvas, flip):
+  """The parts together: an image and its proposals on a canvas."""
+  h, w = transforms.scaled_size(superpixels.shape, canvas)
+  image_out = np.zeros((*canvas, 3), np.uint8)
+  if image is not None:
+    transforms.scale_image(image, image_out[:h, :w], flip=flip)
+  superpixels_out = np.full(canvas, -1, np.int32)
+  transforms.scale_labels(superpixels, superpixels_out[:h, :w], flip=flip)
+  boxes = transforms.scale_boxes(boxes, superpixels.shape, (h, w), flip=flip)
+  return image_out, np.array([h, w]), superpixels_out, boxes
 
 
 def test_png_is_decoded_exactly():
@@ -128,7 +140,7 @@ def test_a_long_strip(shape):
   pixels = np.arange(np.prod(shape)).reshape(shape).astype(np.uint8)
   decoded = transforms.decode_image(encode(Image.fromarray(pixels)))
   np.testing.assert_array_equal(decoded[..., 2], pixels)
-  image, size, superpixels, _ = transforms.fit_to_canvas(
+  image, size, superpixels, _ = fit(
     decoded,
     np.zeros(shape, np.int32),
     np.zeros((0, 4)),
@@ -191,7 +203,7 @@ def test_fit_shrinks_by_two():
   # 4 x 6 on a canvas of 4 x 3: scale min(1, 1/2), so 2 x 3 pixels.
   superpixels = np.arange(24, dtype=np.int32).reshape(4, 6)
   boxes = np.array([[0, 0, 4, 6], [1, 2, 3, 4]])
-  image, size, out, boxes = transforms.fit_to_canvas(
+  image, size, out, boxes = fit(
     PICTURE, superpixels, boxes, canvas=(4, 3), flip=False
   )
   np.testing.assert_array_equal(size, [2, 3])
@@ -211,7 +223,7 @@ def test_fit_shrinks_by_two():
 
 def test_fit_enlarges_by_three():
   superpixels = np.array([[0, 1]], np.int32)
-  image, size, out, boxes = transforms.fit_to_canvas(
+  image, size, out, boxes = fit(
     np.full((1, 2, 3), 9, np.uint8),
     superpixels,
     np.array([[0, 1, 1, 2]]),
@@ -228,14 +240,14 @@ def test_fit_enlarges_by_three():
 def test_flip_mirrors_inside_the_images_own_width():
   superpixels = np.array([[0, 1, 2], [3, 4, 5]], np.int32)
   picture = PICTURE[:2, 1:4]
-  image, _, out, boxes = transforms.fit_to_canvas(
+  image, _, out, boxes = fit(
     picture, superpixels, np.array([[0, 0, 1, 1]]), canvas=(3, 3), flip=True
   )
   np.testing.assert_array_equal(out, [[2, 1, 0], [5, 4, 3], [-1, -1, -1]])
   np.testing.assert_array_equal(boxes, [[0, 2, 1, 3]])
   np.testing.assert_array_equal(image[:2], picture[:, ::-1])
   # Now with padding at the right: it stays there.
-  _, _, out, boxes = transforms.fit_to_canvas(
+  _, _, out, boxes = fit(
     None, superpixels, np.array([[0, 0, 1, 1]]), canvas=(2, 5), flip=True
   )
   np.testing.assert_array_equal(out, [[2, 1, 0, -1, -1], [5, 4, 3, -1, -1]])
@@ -247,7 +259,7 @@ def test_flip_mirrors_inside_the_images_own_width():
 def test_boxes_stay_around_their_masks(canvas, flip):
   superpixels = np.zeros((29, 41), np.int32)
   superpixels[5:20, 8:31] = 1
-  _, size, out, boxes = transforms.fit_to_canvas(
+  _, size, out, boxes = fit(
     None, superpixels, np.array([[5, 8, 20, 31]]), canvas=canvas, flip=flip
   )
   rows, columns = np.nonzero(out == 1)
@@ -259,7 +271,7 @@ def test_boxes_stay_around_their_masks(canvas, flip):
 
 
 def test_an_extreme_image_keeps_one_pixel():
-  _, size, out, _ = transforms.fit_to_canvas(
+  _, size, out, _ = fit(
     None,
     np.zeros((1, 500), np.int32),
     np.zeros((0, 4)),
@@ -270,15 +282,52 @@ def test_an_extreme_image_keeps_one_pixel():
   assert (out[0] == 0).all()
 
 
-def test_fit_refuses_a_map_of_another_size():
-  with pytest.raises(ValueError, match=r"\(4, 6\).*\(4, 5\)"):
-    transforms.fit_to_canvas(
-      PICTURE,
-      np.zeros((4, 5), np.int32),
-      np.zeros((0, 4)),
-      canvas=(4, 6),
-      flip=False,
+def shown_boxes(superpixels, membership):
+  """Tight boxes of what a map shows of each proposal, pixel by pixel."""
+  boxes = []
+  for members in membership:
+    rows, columns = np.nonzero(members[superpixels])
+    boxes.append(
+      [rows.min(), columns.min(), rows.max() + 1, columns.max() + 1]
+      if len(rows)
+      else None
     )
+  return boxes
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_crop_keeps_boxes_tight(seed):
+  rng = np.random.default_rng(seed)
+  h, w = rng.integers(1, 30, 2)
+  superpixels = rng.integers(0, 9, (h, w)).astype(np.int32)
+  membership = rng.random((21, 9)) < 0.2
+  whole = shown_boxes(superpixels, membership)
+  kept = [b is not None for b in whole]
+  membership = membership[kept]
+  boxes = np.array([b for b in whole if b], np.int32).reshape(-1, 4)
+  proposals = Proposals(
+    superpixels, pack_members(membership), boxes, np.ones(len(boxes))
+  )
+  y0, y1 = sorted(rng.choice(h + 1, 2, replace=False).tolist())
+  x0, x1 = sorted(rng.choice(w + 1, 2, replace=False).tolist())
+  part, found, left = transforms.crop_proposals(proposals, (y0, x0, y1, x1))
+  np.testing.assert_array_equal(part, superpixels[y0:y1, x0:x1])
+  for box, any_left, wanted in zip(
+    found.tolist(), left, shown_boxes(part, membership), strict=True
+  ):
+    assert any_left == (wanted is not None)
+    assert box == (wanted or [0, 0, 1, 1])
+
+
+def test_a_window_of_the_whole_image_changes_nothing():
+  superpixels = np.array([[0, 1], [2, 2]], np.int32)
+  boxes = np.array([[0, 0, 2, 2], [0, 1, 1, 2]], np.int32)
+  members = np.array([[1, 0, 1], [0, 1, 0]], bool)
+  proposals = Proposals(superpixels, pack_members(members), boxes, np.ones(2))
+  part, found, left = transforms.crop_proposals(proposals, (0, 0, 2, 2))
+  np.testing.assert_array_equal(part, superpixels)
+  np.testing.assert_array_equal(found, boxes)
+  assert left.all()
 
 
 def test_jitter_multiplies_saturation_and_value():

@@ -12,7 +12,7 @@ from jtsm_jax.evaluation.inference import (
   paste_masks,
   superpixel_votes,
 )
-from jtsm_jax.types import Proposals
+from jtsm_jax.types import Proposals, pack_members
 from tests import tiny
 
 # Superpixels of 1, 2, 3 and 4 pixels in one row. Proposals and their pixels:
@@ -25,7 +25,7 @@ MEMBERSHIP = np.array(
 )
 PROPOSALS = Proposals(
   superpixels=np.repeat(np.arange(4), [1, 2, 3, 4])[None].astype(np.int32),
-  membership=MEMBERSHIP,
+  member_bits=pack_members(MEMBERSHIP),
   boxes=np.array([[0, 3, 1, 6], [0, 1, 1, 6], [0, 3, 1, 10], [0, 0, 1, 6]]),
   scores=np.ones(4, np.float32),
 )
@@ -95,7 +95,7 @@ def test_superpixels_take_the_mean_of_the_proposals_that_hold_them():
   proposals = Proposals(
     # Areas 2, 1, 3, 4: both proposals, of 3 and of 1 pixels.
     superpixels=np.repeat(np.arange(4), [2, 1, 3, 4])[None],
-    membership=members,
+    member_bits=pack_members(members),
     boxes=np.zeros((2, 4), np.int32),
     scores=np.ones(2, np.float32),
   )

@@ -4,7 +4,7 @@ import numpy as np
 
 from jtsm_jax.evaluation import predict as predict_lib
 from jtsm_jax.evaluation.predict import PredictionSettings
-from jtsm_jax.types import Proposals
+from jtsm_jax.types import Proposals, pack_members
 
 SETTINGS = PredictionSettings(
   canvases=((32, 64), (64, 32)),
@@ -20,7 +20,7 @@ def _halves(height, width):
   superpixels = (np.arange(width) >= width // 2).astype(np.int32)
   return Proposals(
     superpixels=np.tile(superpixels, (height, 1)),
-    membership=np.eye(2, dtype=bool),
+    member_bits=pack_members(np.eye(2, dtype=bool)),
     boxes=np.array(
       [[0, 0, height, width // 2], [0, width // 2, height, width]], np.int32
     ),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jtsm_jax.mining import labels
-from jtsm_jax.types import Batch
+from jtsm_jax.types import Batch, pack_members
 
 T, K = 2, 4
 P, S, M = 9, 7, 6
@@ -92,9 +92,10 @@ def _random_batch(rng, *, batch_size=2):
     features=None,
     size=np.full((batch_size, 2), 8),
     flip=np.zeros(batch_size, bool),
+    window=np.tile([0, 0, 8, 8], (batch_size, 1)),
     tags=tags,
     superpixels=superpixels.astype(np.int32),
-    membership=membership,
+    member_bits=pack_members(membership),
     boxes=np.zeros((batch_size, P, 4), np.float32),
     valid=rng.random((batch_size, P)) < 0.85,
   )
@@ -112,7 +113,8 @@ def _mine(scores, image_scores, batch, **options):
 
 def _masks(batch, b):
   inside = batch.superpixels[b] >= 0
-  return batch.membership[b][:, np.maximum(batch.superpixels[b], 0)] & inside
+  membership = np.asarray(batch.membership[b])
+  return membership[:, np.maximum(batch.superpixels[b], 0)] & inside
 
 
 @pytest.mark.parametrize(
@@ -185,9 +187,10 @@ def _strip(membership, tags, *, valid=None):
     features=None,
     size=np.array([[1, len(superpixels)]]),
     flip=np.zeros(1, bool),
+    window=np.array([[0, 0, 1, len(superpixels)]]),
     tags=np.array([tags], np.float32),
     superpixels=superpixels.astype(np.int32)[None, None],
-    membership=membership[None],
+    member_bits=pack_members(membership[None]),
     boxes=np.zeros((1, len(membership), 4), np.float32),
     valid=np.array([valid]),
   )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jtsm_jax.proposals import quality
-from jtsm_jax.types import PanopticMap, Proposals, Segment
+from jtsm_jax.types import PanopticMap, Proposals, Segment, pack_members
 
 
 def make_case():
@@ -14,7 +14,7 @@ def make_case():
   membership = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], bool)
   proposals = Proposals(
     superpixels,
-    membership,
+    pack_members(membership),
     np.zeros((3, 4), np.int32),
     np.array([3, 2, 1], np.float32),
   )

@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from jtsm_jax.proposals import record_format
-from jtsm_jax.types import Proposals
+from jtsm_jax.types import Proposals, pack_members
 
 
 def assert_equal(a, b):
@@ -34,7 +34,7 @@ def random_proposals(height=7, width=9, count=5, superpixels=11):
   )
   return Proposals(
     superpixels=rng.integers(0, superpixels, (height, width)).astype(np.int32),
-    membership=rng.random((count, superpixels)) < 0.5,
+    member_bits=pack_members(rng.random((count, superpixels)) < 0.5),
     boxes=boxes.astype(np.int32),
     scores=np.sort(rng.random(count).astype(np.float32))[::-1].copy(),
   )
@@ -55,9 +55,11 @@ def test_encoding_is_exact(superpixels, count):
   [
     (dict(superpixels=np.full((7, 9), 11, np.int32)), "superpixel ids"),
     (dict(superpixels=np.full((7, 9), -1, np.int32)), "superpixel ids"),
+    (dict(member_bits=np.zeros((11, 2), np.uint8)), "2 bytes of bits for 5"),
+    (dict(member_bits=np.full((11, 1), 4, np.uint8)), "one bit too many"),
     (dict(boxes=np.full((5, 4), 3, np.int32)), "a box is empty"),
     (dict(boxes=np.tile([0, 0, 8, 9], (5, 1)).astype(np.int32)), "a box"),
-    (dict(boxes=np.zeros((4, 4), np.int32)), "boxes are"),
+    (dict(scores=np.ones(4, np.float32)), "scores"),
     (dict(scores=np.full(5, np.nan, np.float32)), "not finite"),
   ],
 )

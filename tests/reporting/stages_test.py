@@ -10,6 +10,7 @@ from jtsm_jax.types import (
   PanopticMap,
   Proposals,
   Segment,
+  pack_members,
 )
 
 CATEGORIES = Categories((Category(1, "cow", True), Category(2, "grass", False)))
@@ -22,7 +23,7 @@ PANOPTIC = PanopticMap(
 )
 PROPOSALS = Proposals(
   superpixels=(~LEFT).astype(np.int32),
-  membership=np.eye(2, dtype=bool),
+  member_bits=pack_members(np.eye(2, dtype=bool)),
   boxes=np.array([[0, 0, 40, 30], [0, 30, 40, 60]], np.int32),
   scores=np.array([2.0, 1.0], np.float32),
 )
@@ -89,7 +90,7 @@ def test_best_proposals_are_labelled_with_their_iou():
   superpixels[:, 5:] = 2
   proposals = Proposals(
     superpixels=superpixels,
-    membership=np.array([[1, 1, 1], [0, 1, 0], [0, 0, 1]], bool),
+    member_bits=pack_members(np.array([[1, 1, 1], [0, 1, 0], [0, 0, 1]], bool)),
     boxes=np.zeros((3, 4), np.int32),
     scores=np.array([3.0, 2.0, 1.0], np.float32),
   )

@@ -13,6 +13,7 @@ from jtsm_jax.types import (
   PanopticMap,
   Proposals,
   Segment,
+  pack_members,
 )
 
 
@@ -176,7 +177,7 @@ def proposals(membership):
   p = len(membership)
   return Proposals(
     superpixels,
-    np.array(membership, bool).reshape(p, 2),
+    pack_members(np.array(membership, bool).reshape(p, 2)),
     np.zeros((p, 4), np.int32),
     np.linspace(1, 0, p).astype(np.float32),
   )

@@ -31,9 +31,10 @@ def _batch(canvas, *, P=4, S=6):
     features=None,
     size=np.array([canvas], np.int32),
     flip=np.zeros(1, bool),
+    window=np.array([[0, 0, *canvas]], np.int32),
     tags=np.zeros((1, len(CATEGORIES)), np.float32),
     superpixels=np.zeros((1, *canvas), np.int32),
-    membership=np.zeros((1, P, S), bool),
+    member_bits=np.zeros((1, S, -(-P // 8)), np.uint8),
     boxes=np.zeros((1, P, 4), np.float32),
     valid=np.ones((1, P), bool),
   )

@@ -44,7 +44,9 @@ def _open(folder, source, *, variables=VARIABLES, split="train"):
 
 
 def _direct(batch, variables=VARIABLES, **source):
-  plan = BatchPlan(batch.superpixels.shape[1:], batch.image_index, batch.flip)
+  plan = BatchPlan(
+    batch.superpixels.shape[1:], batch.image_index, batch.flip, batch.window
+  )
   images = images_on_canvas(plan, Images(**source))
   return np.asarray(MODEL.apply(variables, images, method="extract"))
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from jtsm_jax.data.pipeline import with_fallback
-from jtsm_jax.data.transforms import fit_to_canvas
+from jtsm_jax.data.transforms import scale_labels, scaled_size
 from jtsm_jax.mining.masks import MaskReestimator
 from jtsm_jax.train import reestimation
-from jtsm_jax.types import Proposals
+from jtsm_jax.types import Proposals, pack_members
 from tests import tiny
 
 
@@ -21,9 +21,11 @@ def _done(value):
   return future
 
 
-def _collect(mask, *, size, flip, canvas=(48, 64), stride=4):
+def _collect(mask, *, size, flip, window=None, canvas=(48, 64), stride=4):
   batch = tiny.make_batch(1, canvas=canvas).replace(
-    size=np.array([size], np.int32), flip=np.array([flip])
+    size=np.array([size], np.int32),
+    flip=np.array([flip]),
+    window=np.array([window or (0, 0, *mask.shape)]),
   )
   found = reestimation.collect([[_done(mask)]], batch, mask_stride=stride)
   assert found.valid.tolist() == [[True]]
@@ -62,13 +64,20 @@ def test_masks_are_sampled_at_the_middle_of_each_cell(shape, size, flip):
 def test_masks_lie_where_the_pipeline_puts_the_image(flip):
   mask = np.zeros((90, 120), np.int32)
   mask[15:60, 70:110] = 1
-  _, size, on_canvas, _ = fit_to_canvas(
-    None, mask, np.zeros((0, 4)), canvas=(48, 64), flip=flip
-  )
-  found = _collect(mask > 0, size=tuple(size), flip=flip)
+  h, w = scaled_size(mask.shape, (48, 64))
+  on_canvas = np.zeros((48, 64), np.int32)
+  scale_labels(mask, on_canvas[:h, :w], flip=flip)
+  found = _collect(mask > 0, size=(h, w), flip=flip)
   share = (on_canvas == 1).reshape(12, 4, 16, 4).mean((1, 3))
   assert found[share == 1].all()
   assert not found[share == 0].any()
+
+
+def test_masks_are_cropped_to_the_window():
+  mask = np.random.default_rng(0).random((40, 50)) < 0.5
+  whole = _collect(mask[5:35, 10:47], size=(30, 37), flip=True)
+  found = _collect(mask, size=(30, 37), flip=True, window=(5, 10, 35, 47))
+  np.testing.assert_array_equal(found, whole)
 
 
 def test_slots_without_a_segment_stay_empty():
@@ -99,10 +108,13 @@ def test_submit_asks_for_the_mined_segments_of_real_images():
   image = rng.integers(0, 256, (20, 30, 3), np.uint8)
   superpixels = np.repeat(np.arange(3), 10)[None].repeat(20, 0)
   membership = np.array([[1, 0, 0], [0, 1, 1], [0, 1, 0]], bool)
-  proposals = Proposals(superpixels, membership, None, None)
+  proposals = Proposals(
+    superpixels, pack_members(membership), np.zeros((3, 4)), np.ones(3)
+  )
   batch = tiny.make_batch(3).replace(
     image_index=np.array([1, -1, 2], np.int32),
     size=np.tile([40, 60], (3, 1)),
+    window=np.tile([0, 0, 20, 30], (3, 1)),
     flip=np.array([False, False, True]),
   )
   mined = tiny.make_mined(np.zeros((3, 2)), np.ones((3, 2))).replace(

@@ -16,6 +16,7 @@ from jtsm_jax.evaluation.inference import make_score_step
 from jtsm_jax.train import step
 from jtsm_jax.train.schedule import make_optimizer
 from jtsm_jax.train.state import TrainState
+from jtsm_jax.types import pack_members
 from tests import tiny
 
 KEY = jax.random.key(5)
@@ -197,7 +198,7 @@ def _more_proposals(batch):
   boxes = _pad_last(batch.boxes, 1, 5, 0)
   boxes[:, tiny.P :] = 0, 0, 1, 1
   return batch.replace(
-    membership=_pad_last(batch.membership, 1, 5, False),
+    member_bits=pack_members(_pad_last(batch.membership, 1, 5, False)),
     boxes=boxes,
     valid=_pad_last(batch.valid, 1, 5, False),
   )
@@ -205,7 +206,8 @@ def _more_proposals(batch):
 
 def _more_superpixels(batch):
   # Nobody has their pixels; that a proposal claims one changes nothing.
-  return batch.replace(membership=_pad_last(batch.membership, 2, 3, True))
+  membership = _pad_last(batch.membership, 2, 3, True)
+  return batch.replace(member_bits=pack_members(membership))
 
 
 def _larger_canvas(batch):
