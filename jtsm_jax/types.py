@@ -149,12 +149,14 @@ class Batch:
     images: [B, H, W, 3] uint8 RGB, top-left aligned on the canvas, or None when
       `features` are given.
     features: [B, Hf, Wf, C] cached features of a frozen backbone, or None.
+    colour: [B, 2] float32, what the step multiplies the images' saturation and
+      value by, or None.
     size: [B, 2] int32, height and width of the image on the canvas, pixels.
     flip: [B] bool, True where the image is mirrored on the canvas.
     window: [B, 4] int32 (y0, x0, y1, x1), the part of the image that is on the
       canvas, half-open, pixels of the image.
     tags: [B, K] float32, 1 for the classes that the image is tagged with.
-    superpixels: [B, H, W] int32, -1 outside the image.
+    superpixels: [B, H, W] int16, -1 outside the image.
     member_bits: [B, S, ceil(P / 8)] uint8, from `pack_members`.
     boxes: [B, P, 4] float32, canvas pixels.
     valid: [B, P] bool, False for padded proposals.
@@ -163,6 +165,7 @@ class Batch:
   image_index: Array
   images: Array | None
   features: Array | None
+  colour: Array | None
   size: Array
   flip: Array
   window: Array

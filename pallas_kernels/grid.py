@@ -44,7 +44,7 @@ def superpixel_coverage(
   holds is the sum, over its superpixels, of how many the superpixel holds.
 
   Args:
-    superpixels: [H, W] int32 ids 0 .. S-1; others, such as -1, are padding.
+    superpixels: [H, W] integer ids 0 .. S-1; others, such as -1, are padding.
     membership: [P, S] bool, the superpixels of each proposal.
     stride: pixels per cell; divides H and W.
 
@@ -66,6 +66,7 @@ def superpixel_coverage(
 
   cell_rows = jnp.arange(height) // stride * grid[1]
   cells = cell_rows[:, None] + jnp.arange(width) // stride
+  superpixels = superpixels.astype(jnp.int32)  # room for the products below
   inside = (superpixels >= 0) & (superpixels < num_superpixels)
   index = jnp.where(
     inside, superpixels * num_cells + cells, num_superpixels * num_cells

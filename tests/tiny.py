@@ -95,6 +95,7 @@ def make_batch(batch_size=2, *, seed=0, image=IMAGE, canvas=CANVAS):
     image_index=np.arange(batch_size, dtype=np.int32),
     images=np.zeros((batch_size, *canvas, 3), np.uint8),
     features=None,
+    colour=None,
     size=np.tile(np.array(image, np.int32), (batch_size, 1)),
     flip=np.zeros(batch_size, bool),
     window=np.tile(np.array([0, 0, *image], np.int32), (batch_size, 1)),

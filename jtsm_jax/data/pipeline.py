@@ -20,7 +20,6 @@ from jtsm_jax.data.sampling import BatchPlan, batch_plan, inference_plans
 from jtsm_jax.data.transforms import (
   crop_proposals,
   decode_image,
-  jitter_hsv,
   scale_boxes,
   scale_image,
   scale_labels,
@@ -34,7 +33,7 @@ from jtsm_jax.types import (
   pack_members,
 )
 
-_COLOUR = 2  # The stream of random numbers beside those of sampling.py.
+MAX_SUPERPIXELS = np.iinfo(np.int16).max
 
 
 class ProposalSource(Protocol):
@@ -82,7 +81,8 @@ def make_pipeline(
     flip: mirror each image with probability 1/2.
     crop: the least share of an image's height and width that is shown, see
       `sampling.batch_plan`; 1 shows whole images. Tags stay the image's own.
-    colour_factor: exposure and saturation change by up to this; 1 for none.
+    colour_factor: the most by which the step is to change exposure and
+      saturation, see `sampling.batch_plan`; 1 for none.
     process_index: k; this process gets the k-th slice of each batch.
     process_count: n; must divide `batch_size`.
     num_threads: that make batches.
@@ -112,24 +112,17 @@ def make_pipeline(
       batch_size=batch_size,
       flip=flip,
       crop=crop,
+      colour_factor=colour_factor,
     )
 
   def batch_of(step: int) -> tuple[int, Batch]:
-    plan = plan_of(step)
-    # Every example has its own colours, whichever process makes it.
-    rngs = [
-      np.random.default_rng((seed, _COLOUR, step, position))
-      for position in range(batch_size)
-    ]
     batch = make_batch(
-      plan.part(local),
+      plan_of(step).part(local),
       source,
       get_proposals,
       max_proposals=max_proposals,
       max_superpixels=max_superpixels,
       load_images=load_images,
-      colour_factor=colour_factor,
-      rngs=rngs[local],
     )
     return step, batch
 
@@ -213,8 +206,6 @@ def make_batch(
   max_proposals: int,
   max_superpixels: int,
   load_images: bool = True,
-  colour_factor: float = 1.0,
-  rngs: list[np.random.Generator] | None = None,
 ) -> Batch:
   """Makes the batch of a plan.
 
@@ -225,8 +216,6 @@ def make_batch(
     max_proposals: P; more are cut, best first.
     max_superpixels: S.
     load_images: False gives `images=None`; no image is read then.
-    colour_factor: exposure and saturation change by up to this; 1 for none.
-    rngs: one generator per example, for the colours.
 
   Returns:
     The batch as described in `types.Batch`. Padded proposals belong to no
@@ -235,23 +224,23 @@ def make_batch(
 
   Raises:
     InputError: proposals do not fit the image or S.
-    ValueError: colours are to change, but there is no generator.
+    ValueError: S is more than int16 can tell apart.
   """
-  if load_images and colour_factor != 1 and rngs is None:
+  if max_superpixels > MAX_SUPERPIXELS:
     raise ValueError(
-      f"colour_factor is {colour_factor} but rngs is None; give a generator per"
-      " example"
+      f"max_superpixels is {max_superpixels}, must be at most {MAX_SUPERPIXELS}"
     )
   B, P, S = len(plan.indices), max_proposals, max_superpixels
   batch = Batch(
     image_index=np.asarray(plan.indices, np.int32),
     images=np.zeros((B, *plan.canvas, 3), np.uint8) if load_images else None,
     features=None,
+    colour=plan.colours if load_images else None,
     size=np.zeros((B, 2), np.int32),
     flip=np.asarray(plan.flips, bool),
     window=np.zeros((B, 4), np.int32),
     tags=np.zeros((B, source.tags.shape[1]), np.float32),
-    superpixels=np.full((B, *plan.canvas), PADDING, np.int32),
+    superpixels=np.full((B, *plan.canvas), PADDING, np.int16),
     member_bits=np.zeros((B, S, -(-P // 8)), np.uint8),
     boxes=np.tile(np.array([0, 0, 1, 1], np.float32), (B, P, 1)),
     valid=np.zeros((B, P), bool),
@@ -271,10 +260,9 @@ def make_batch(
     if load_images:
       image = decode_image(source[i].image, name=image_id)
       _check_image(image_id, size, image)
-      inside = batch.images[b, :h, :w]
-      scale_image(image[y0:y1, x0:x1], inside, flip=plan.flips[b])
-      if colour_factor != 1:
-        inside[:] = jitter_hsv(rngs[b], inside, factor=colour_factor)
+      scale_image(
+        image[y0:y1, x0:x1], batch.images[b, :h, :w], flip=plan.flips[b]
+      )
     batch.size[b] = h, w
     batch.window[b] = window
     batch.tags[b] = source.tags[i]
@@ -289,7 +277,7 @@ def make_batch(
 
 
 def images_on_canvas(plan: BatchPlan, source: RecordSource) -> np.ndarray:
-  """The `images` of `make_batch` with unchanged colours, without proposals.
+  """The `images` of `make_batch` alone, without proposals.
 
   Args:
     plan: what to show; index -1 gives a black image.

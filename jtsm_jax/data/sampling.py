@@ -25,12 +25,15 @@ class BatchPlan:
     flips: [B] bool, mirror left and right.
     windows: [B, 4] int32 (y0, x0, y1, x1), the part of each image that is
       shown, half-open, pixels of the image.
+    colours: [B, 2] float32, factors of the saturation and of the value, or
+      None.
   """
 
   canvas: tuple[int, int]
   indices: np.ndarray
   flips: np.ndarray
   windows: np.ndarray
+  colours: np.ndarray | None = None
 
   def part(self, examples: slice) -> BatchPlan:
     """The plan of some of the examples."""
@@ -39,6 +42,7 @@ class BatchPlan:
       self.indices[examples],
       self.flips[examples],
       self.windows[examples],
+      None if self.colours is None else self.colours[examples],
     )
 
 
@@ -51,6 +55,7 @@ def batch_plan(
   batch_size: int,
   flip: bool = True,
   crop: float = 1.0,
+  colour_factor: float = 1.0,
 ) -> BatchPlan:
   """Plans the batch of a step, as a pure function of (seed, step).
 
@@ -70,18 +75,25 @@ def batch_plan(
     crop: show a part of each image, at a random place, whose height and width
       are each a random share, uniform in [crop, 1], of the image's; 1 for the
       whole image.
+    colour_factor: saturation and value (exposure) of each image are each
+      multiplied by a number that is log-uniform in [1 / factor, factor], so
+      that darker is as likely as brighter (section 4.1); 1 changes nothing.
 
   Returns:
     The plan, for all processes.
 
   Raises:
-    ValueError: no images, no canvases, a batch size below 1, or a crop outside
-      (0, 1].
+    ValueError: no images, no canvases, a batch size below 1, a crop outside
+      (0, 1], or a colour factor below 1.
   """
   portrait = _portrait(sizes)
   _check(portrait, canvases, batch_size)
   if not 0 < crop <= 1:
     raise ValueError(f"crop is {crop}, must be in (0, 1]; 1 does not crop")
+  if colour_factor < 1:
+    raise ValueError(
+      f"colour_factor is {colour_factor}, must be >= 1 (1 changes nothing)"
+    )
   num_batches = num_batches_per_epoch(sizes, batch_size=batch_size)
   epoch, position = divmod(step, num_batches)
   indices = _epoch(seed, epoch, portrait.tobytes(), batch_size)[position]
@@ -89,11 +101,14 @@ def batch_plan(
   rng = np.random.default_rng((seed, _STEP, step))
   canvas = fitting[rng.integers(len(fitting))]
   flips = rng.random(batch_size) < 0.5
+  windows = _windows(rng, np.asarray(sizes)[indices], crop)
+  logs = rng.uniform(-1, 1, (batch_size, 2)) * np.log(colour_factor)
   return BatchPlan(
     canvas,
     indices,
     flips if flip else np.zeros_like(flips),
-    _windows(rng, np.asarray(sizes)[indices], crop),
+    windows,
+    np.exp(logs).astype(np.float32) if colour_factor != 1 else None,
   )
 
 

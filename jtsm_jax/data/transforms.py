@@ -1,4 +1,4 @@
-"""Decoding, resizing and colour of one image, as plain numpy functions."""
+"""Decoding, cropping and scaling of one image, as plain numpy functions."""
 
 from __future__ import annotations
 
@@ -128,20 +128,18 @@ def scale_image(image: np.ndarray, out: np.ndarray, *, flip: bool) -> None:
     method = cv2.INTER_AREA
   else:
     method = cv2.INTER_LINEAR
-  _resize(image, out, method, flip)
+  size = out.shape[1::-1]
+  if flip:
+    cv2.flip(cv2.resize(image, size, interpolation=method), 1, dst=out)
+  else:
+    cv2.resize(image, size, dst=out, interpolation=method)
 
 
 def scale_labels(labels: np.ndarray, out: np.ndarray, *, flip: bool) -> None:
   """Scales [h, w] int32 into `out` [H, W], sampled at the pixels' centres."""
-  _resize(labels, out, cv2.INTER_NEAREST_EXACT, flip)
-
-
-def _resize(array, out, method, flip) -> None:
   size = out.shape[1::-1]
-  if flip:
-    cv2.flip(cv2.resize(array, size, interpolation=method), 1, dst=out)
-  else:
-    cv2.resize(array, size, dst=out, interpolation=method)
+  scaled = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST_EXACT)
+  out[:] = cv2.flip(scaled, 1) if flip else scaled
 
 
 def scale_boxes(
@@ -210,45 +208,3 @@ def crop_proposals(
   left = boxes[:, 2] > boxes[:, 0]
   boxes[~left] = 0, 0, 1, 1
   return superpixels, boxes, left
-
-
-def jitter_hsv(
-  rng: np.random.Generator, image: np.ndarray, *, factor: float = 1.5
-) -> np.ndarray:
-  """Changes exposure and saturation at random (paper, section 4.1).
-
-  Value and saturation of the HSV space are each multiplied by a number that is
-  log-uniform in [1 / factor, factor], so that darker is as likely as brighter.
-
-  Args:
-    rng: the generator that the two numbers are drawn from.
-    image: [H, W, 3] uint8 RGB.
-    factor: the largest change, >= 1.
-
-  Returns:
-    [H, W, 3] uint8 RGB.
-
-  Raises:
-    ValueError: factor < 1.
-  """
-  if factor < 1:
-    raise ValueError(f"factor is {factor}, must be >= 1 (1 changes nothing)")
-  saturation, value = np.exp(rng.uniform(-1, 1, 2) * np.log(factor))
-  # HSV's value is the top t, its saturation (t - low) / t: a channel c becomes
-  # (t - (t - c) * by) * gain, where neither may exceed 1. OpenCV, since numpy
-  # would keep other threads waiting.
-  planes = cv2.split(image)
-  top = cv2.max(cv2.max(planes[0], planes[1]), planes[2])
-  low = cv2.min(cv2.min(planes[0], planes[1]), planes[2])
-  levels = np.maximum(np.arange(256), 1).astype(np.float32)
-  inverse_span = cv2.LUT(cv2.subtract(top, low), 1 / levels)
-  by = cv2.multiply(top, inverse_span, dtype=cv2.CV_32F)
-  by = cv2.min(by, saturation)
-  gain = cv2.LUT(top, np.minimum(value, 255 / levels).astype(np.float32))
-  slope = cv2.multiply(by, gain)
-  offset = cv2.multiply(top, cv2.subtract(gain, slope), dtype=cv2.CV_32F)
-  planes = [
-    cv2.add(cv2.multiply(c, slope, dtype=cv2.CV_32F), offset, dtype=cv2.CV_8U)
-    for c in planes
-  ]
-  return cv2.merge(planes)

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jtsm_jax.models.colours import coloured_images
 from jtsm_jax.models.features import FeatureExtractor
 from jtsm_jax.models.instance_branch import InstanceBranch
 from jtsm_jax.models.neck_and_heads import MiningHeads, Neck, TagHead
@@ -34,7 +35,7 @@ class JTSM(nn.Module):
     """The feature map [B, Hf, Wf, C]: cached, or from the images."""
     if batch.features is not None:
       return batch.features.astype(jnp.float32)
-    return self.extractor(batch.images)
+    return self.extractor(coloured_images(batch))
 
   def extract(self, images: jax.Array) -> jax.Array:
     """The feature map of images, for the cache."""

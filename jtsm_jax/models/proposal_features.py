@@ -136,6 +136,6 @@ def area_share(superpixels: jax.Array, membership: jax.Array) -> jax.Array:
 
 def superpixel_areas(superpixels: jax.Array, count: int) -> jax.Array:
   """Pixels of each superpixel on the canvas, [S] float32; no padding."""
-  flat = superpixels.reshape(-1)
+  flat = superpixels.reshape(-1).astype(jnp.int32)
   index = jnp.where(flat < 0, count, flat)
   return jnp.zeros(count + 1, jnp.float32).at[index].add(1.0)[:count]

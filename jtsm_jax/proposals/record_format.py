@@ -8,6 +8,7 @@ and one Zstandard frame of superpixels (uint16 [H, W]), member bits (uint8
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import struct
@@ -93,7 +94,7 @@ def decode_proposals(data: bytes) -> tuple[str, Proposals]:
     )
   except zstandard.ZstdError as error:
     raise ValueError(f"the data are damaged: {error}") from error
-  stops = [0, *itertools.accumulate(lengths)]
+  body, stops = memoryview(body), [0, *itertools.accumulate(lengths)]
   labels, bits, boxes, scores = (
     np.frombuffer(body[a:b], dtype)
     for a, b, dtype in zip(
@@ -101,7 +102,7 @@ def decode_proposals(data: bytes) -> tuple[str, Proposals]:
     )
   )
   proposals = Proposals(
-    superpixels=labels.reshape(height, width).astype(np.int32),
+    superpixels=labels.reshape(height, width),
     member_bits=bits.reshape(num_superpixels, row),
     boxes=boxes.reshape(num_proposals, 4).astype(np.int32),
     scores=scores.astype(np.float32),
@@ -109,7 +110,8 @@ def decode_proposals(data: bytes) -> tuple[str, Proposals]:
   fault = _find_fault(proposals)
   if fault:
     raise ValueError(fault)
-  return image_id, proposals
+  superpixels = proposals.superpixels.astype(np.int32)
+  return image_id, dataclasses.replace(proposals, superpixels=superpixels)
 
 
 def _find_fault(proposals: Proposals) -> str | None:

@@ -11,6 +11,7 @@ import optax
 from absl import logging
 
 from jtsm_jax.backbones import efficientnet_lite, pretrained, resnet_ws
+from jtsm_jax.data.pipeline import MAX_SUPERPIXELS
 from jtsm_jax.data.prepared import RecordSource
 from jtsm_jax.models.features import FeatureExtractor
 from jtsm_jax.models.instance_branch import InstanceBranch
@@ -93,6 +94,16 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
     )
   for field in ("canvases", "eval_canvases"):
     canvases(config, field)
+  if not 1 <= config.proposals.num_superpixels <= MAX_SUPERPIXELS:
+    raise InputError(
+      f"config.proposals.num_superpixels is {config.proposals.num_superpixels};"
+      f" wanted 1 to {MAX_SUPERPIXELS}"
+    )
+  if config.data.colour_factor < 1:
+    raise InputError(
+      f"config.data.colour_factor is {config.data.colour_factor}; wanted a"
+      " factor of at least 1, which changes nothing"
+    )
   if not 0 < config.data.crop <= 1:
     raise InputError(
       f"config.data.crop is {config.data.crop}; wanted a share of an image's"

@@ -23,6 +23,7 @@ import optax
 
 from jtsm_jax.losses import mil, refinement, segmentation
 from jtsm_jax.mining import labels
+from jtsm_jax.models.colours import coloured_images
 from jtsm_jax.models.instance_branch import MASK_SIZE
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.models.proposal_features import area_share
@@ -259,7 +260,7 @@ def make_tag_step(
   @jax.jit
   def tag_step(state: TrainState, batch: Batch):
     step_key = jax.random.fold_in(key, state.step)
-    images = augment(step_key, batch.images, batch.size)
+    images = augment(step_key, coloured_images(batch), batch.size)
 
     def loss_fn(params):
       variables = {"params": params, **state.model_state}

@@ -100,7 +100,7 @@ def test_batches_follow_the_plan(source):
     assert batch.images.shape == (2, *plan.canvas, 3)
     assert batch.images.dtype == np.uint8
     assert batch.superpixels.shape == (2, *plan.canvas)
-    assert batch.superpixels.dtype == np.int32
+    assert batch.superpixels.dtype == np.int16
     assert batch.membership.shape == (2, 4, 5)
     assert batch.boxes.shape == (2, 4, 4)
     assert batch.boxes.dtype == np.float32
@@ -317,14 +317,41 @@ def test_impossible_crop(source, crop):
     start(source, crop=crop)
 
 
-def test_colours_change_but_not_the_padding(source):
-  plain, jittered = start(source), start(source, colour_factor=1.5)
-  changed = 0
-  for (_, a), (_, b) in zip(plain, jittered, strict=True):
-    changed += (a.images != b.images).mean() > 0.3
-    assert not b.images[b.superpixels < 0].any()
-    assert_equal(a.superpixels, b.superpixels)
-  assert changed > 10
+def test_each_image_has_colours_of_its_own(source):
+  plain = list(start(source))
+  found = list(start(source, colour_factor=1.5))
+  for (_, a), (_, b) in zip(plain, found, strict=True):
+    assert a.colour is None
+    assert b.colour.dtype == np.float32
+    assert_equal(a, b.replace(colour=None))
+  factors = np.stack([batch.colour for _, batch in found])
+  assert len(np.unique(factors)) == factors.size
+  assert factors.min() >= 1 / 1.5
+  assert factors.max() <= 1.5
+
+
+def test_darker_is_as_likely_as_brighter():
+  plans = [
+    sampling.batch_plan(
+      step,
+      seed=0,
+      sizes=np.array(SIZES),
+      canvases=CANVASES,
+      batch_size=8,
+      colour_factor=1.5,
+    )
+    for step in range(100)
+  ]
+  logs = np.log([plan.colours for plan in plans]) / np.log(1.5)
+  assert np.abs(logs).max() > 0.99
+  assert np.abs(logs.mean((0, 1))).max() < 0.07
+  assert np.abs(np.abs(logs).mean((0, 1)) - 0.5).max() < 0.05
+
+
+@pytest.mark.parametrize("factor", [0.9, 0, -1])
+def test_impossible_colour_factor(source, factor):
+  with pytest.raises(ValueError, match=f"colour_factor is {factor}"):
+    start(source, colour_factor=factor)
 
 
 def test_without_images_no_record_is_read(source):
@@ -373,6 +400,11 @@ def test_image_without_proposals_is_one_proposal(source, capsys):
 def test_too_many_superpixels(source):
   with pytest.raises(InputError, match=r"2 superpixels.*max_superpixels=1"):
     list(start(source, max_superpixels=1))
+
+
+def test_more_superpixels_than_fit(source):
+  with pytest.raises(ValueError, match="32768, must be at most 32767"):
+    next(start(source, max_superpixels=32768))
 
 
 def test_proposals_of_another_image_size(source):

@@ -1,6 +1,5 @@
-"""Tests of decoding, resizing and colour jitter."""
+"""Tests of decoding, cropping and scaling."""
 
-import colorsys
 import io
 import struct
 import warnings
@@ -328,32 +327,3 @@ def test_a_window_of_the_whole_image_changes_nothing():
   np.testing.assert_array_equal(part, superpixels)
   np.testing.assert_array_equal(found, boxes)
   assert left.all()
-
-
-def test_jitter_multiplies_saturation_and_value():
-  rgb = np.array([[[120, 80, 40], [60, 90, 100], [0, 0, 0]]], np.uint8)
-  factors = np.exp(np.random.default_rng(5).uniform(-1, 1, 2) * np.log(1.5))
-  wanted = []
-  for pixel in rgb[0] / 255:
-    h, s, v = colorsys.rgb_to_hsv(*pixel)
-    s, v = min(s * factors[0], 1), min(v * factors[1], 1)
-    wanted.append(np.array(colorsys.hsv_to_rgb(h, s, v)) * 255)
-  out = transforms.jitter_hsv(np.random.default_rng(5), rgb, factor=1.5)
-  assert out.dtype == np.uint8
-  np.testing.assert_allclose(out[0], wanted, atol=1)
-
-
-def test_jitter_stays_within_its_factor():
-  rng = np.random.default_rng(0)
-  grey = np.full((1, 1, 3), 100, np.uint8)
-  values = [
-    transforms.jitter_hsv(rng, grey, factor=1.5)[0, 0, 0] for _ in range(200)
-  ]
-  assert min(values) >= 66
-  assert max(values) <= 150
-  assert np.mean(np.array(values) < 100) == pytest.approx(0.5, abs=0.15)
-  np.testing.assert_array_equal(
-    transforms.jitter_hsv(rng, PICTURE, factor=1.0), PICTURE
-  )
-  with pytest.raises(ValueError, match=r"0\.5"):
-    transforms.jitter_hsv(rng, grey, factor=0.5)

@@ -29,6 +29,7 @@ def _batch(canvas, *, P=4, S=6):
     image_index=np.zeros(1, np.int32),
     images=np.zeros((1, *canvas, 3), np.uint8),
     features=None,
+    colour=None,
     size=np.array([canvas], np.int32),
     flip=np.zeros(1, bool),
     window=np.array([[0, 0, *canvas]], np.int32),
@@ -100,6 +101,10 @@ def test_branches_without_classes_are_left_out():
     ("backbone.outputs", (), "outputs"),
     ("backbone.freeze", "res9", "'res9'.*stem, res2, res3, res4, res5"),
     ("backbone.stride", 32, "stride is 32; resnet_ws has one of 8, 16"),
+    ("data.crop", 0.0, r"crop is 0.0; wanted a share .* \(0, 1\]"),
+    ("data.crop", 1.5, "crop is 1.5"),
+    ("data.colour_factor", 0.5, "colour_factor is 0.5; .* at least 1"),
+    ("proposals.num_superpixels", 32768, "is 32768; wanted 1 to 32767"),
     *[
       (field, 34 if "depth" in field else "other", f"{field} is .*wanted one")
       for field in build.CHOICES
