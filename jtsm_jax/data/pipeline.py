@@ -144,27 +144,27 @@ def inference_batches(
   max_proposals: int,
   max_superpixels: int,
   load_images: bool = True,
-  flip: bool = False,
+  flips: tuple[bool, ...] = (False,),
   process_index: int = 0,
   process_count: int = 1,
   num_threads: int = 2,
   prefetch: int = 4,
 ) -> Iterator[Batch]:
-  """Batches that show every image once, in order, canvas by canvas.
+  """Batches that show every image in each of its views.
 
-  Each image lies on the largest canvas of its orientation. The last batch of a
-  canvas is filled with padding examples, whose `image_index` is -1 and whose
-  `valid` is False.
+  The views of the same images follow one another, see
+  `sampling.inference_plans`. The last batch of an orientation is filled with
+  padding examples, whose `image_index` is -1 and whose `valid` is False.
 
   Args:
     source: any split; targets are not read.
     store: the proposals of its images.
-    canvases: the (H, W) to choose from, pixels.
+    canvases: the (H, W) to view images on, pixels.
     batch_size: images in a batch, over all processes.
     max_proposals: P; more are cut, best first.
     max_superpixels: S.
     load_images: False gives `images=None`, for cached features.
-    flip: mirror every image.
+    flips: (False,) for plain views, (False, True) for mirrored ones, too.
     process_index: k; this process gets the k-th slice of each batch.
     process_count: n; must divide `batch_size`.
     num_threads: that make batches.
@@ -181,7 +181,7 @@ def inference_batches(
   local = _local_slice(batch_size, process_index, process_count)
   get_proposals = with_fallback(store)
   plans = inference_plans(
-    sizes=source.sizes, canvases=canvases, batch_size=batch_size, flip=flip
+    sizes=source.sizes, canvases=canvases, batch_size=batch_size, flips=flips
   )
 
   def batch_of(plan: BatchPlan) -> Batch:

@@ -146,46 +146,41 @@ def inference_plans(
   sizes: np.ndarray,
   canvases: tuple[tuple[int, int], ...],
   batch_size: int,
-  flip: bool = False,
+  flips: tuple[bool, ...] = (False,),
 ) -> list[BatchPlan]:
-  """Plans batches that show every image once, in order, canvas by canvas.
+  """Plans batches that show every image once in each of its views.
 
-  An image goes on the largest canvas (by area) of its orientation. The last
-  batch of a canvas is filled with -1.
+  The views of an image are the canvases of its orientation, each plain or
+  mirrored. The views of the same images follow one another. The last images of
+  an orientation are filled up with -1.
 
   Args:
     sizes: [N, 2] height and width of the images, pixels.
-    canvases: the (H, W) to choose from.
+    canvases: the (H, W) to view images on.
     batch_size: images in a batch, over all processes.
-    flip: mirror every image.
+    flips: (False,) for plain views, (False, True) for mirrored ones, too.
 
   Returns:
-    The plans; `indices` ascend within a canvas.
+    The plans; images of the same orientation are in ascending order.
 
   Raises:
     ValueError: no canvases, or a batch size below 1.
   """
   portrait = _portrait(sizes)
   _check(None, canvases, batch_size)
-  groups: dict[tuple[int, int], list[int]] = {}
-  for index, upright in enumerate(portrait):
-    fitting = fitting_canvases(canvases, portrait=bool(upright))
-    canvas = max(fitting, key=lambda c: c[0] * c[1])
-    groups.setdefault(canvas, []).append(index)
   plans = []
-  for canvas, members in groups.items():
+  for upright in dict.fromkeys(portrait.tolist()):
+    members = np.flatnonzero(portrait == upright)
     for start in range(0, len(members), batch_size):
       indices = np.full(batch_size, -1, np.int32)
       chunk = members[start : start + batch_size]
       indices[: len(chunk)] = chunk
-      plans.append(
-        BatchPlan(
-          canvas,
-          indices,
-          np.full(batch_size, flip),
-          whole_windows(sizes, indices),
-        )
-      )
+      windows = whole_windows(sizes, indices)
+      plans += [
+        BatchPlan(canvas, indices, np.full(batch_size, flip), windows)
+        for canvas in fitting_canvases(canvases, portrait=upright)
+        for flip in flips
+      ]
   return plans
 
 

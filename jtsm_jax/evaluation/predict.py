@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,11 +42,12 @@ class PredictionSettings:
   """Everything between the model and the panoptic map.
 
   Attributes:
-    canvases: (H, W) of the inference; each image takes the largest that fits.
+    canvases: (H, W) on which images are seen; the scores are averaged over
+      those of an image's orientation.
     batch_size: images at a time.
     max_proposals: P.
     max_superpixels: S.
-    flip: average the scores with those of the mirrored image.
+    flip: average over the mirrored images, too.
     mil_share: see `inference.make_score_step`.
     mask_share: weight of the instance branch's mask against the proposal's own;
       1 takes the branch alone (paper).
@@ -113,51 +116,56 @@ def predict(
     description: of the progress line.
 
   Yields:
-    One prediction per image, canvas by canvas.
+    One prediction per image, all of an orientation before the others.
   """
   find_masks = make_mask_step(model) if model.instance is not None else None
   get_proposals = with_fallback(store)
   with progress(
     description=description, total=len(source), unit="image"
   ) as bar:
-    for batch, scores, views in _score(
+    for views, scores, image_scores in _score(
       model, variables, source, store, settings, cache
     ):
-      for i, index in enumerate(batch.image_index):
+      found = []
+      for i, index in enumerate(views[0].batch.image_index):
         if index < 0:
           continue
         size = tuple(int(side) for side in source.sizes[index])
         proposals = get_proposals(source.image_ids[index], size)
         proposals = proposals.best(settings.max_proposals)
-        y = scores.image[i]
+        y = image_scores[i]
         present = y >= calibration.tag_threshold
         present[y.argmax()] = True  # every image shows something
         calibrated = np.minimum(
-          scores.proposals[i, : len(proposals)] / calibration.score_scale, 1.0
+          scores[i, : len(proposals)] / calibration.score_scale, 1.0
         )
         calibrated = calibrated * present
         detections = detect(
           calibrated[:, :num_things], proposals, settings=settings.detection
         )
-        if find_masks is not None and settings.mask_share > 0:
-          detections = _refine_masks(
-            find_masks,
-            variables,
-            scores.features[i],
-            batch,
-            i,
-            detections,
-            settings,
+        found.append((i, proposals, y, present, calibrated, detections))
+      box_masks = None
+      if find_masks is not None and settings.mask_share > 0:
+        box_masks = _mean_box_masks(
+          find_masks,
+          variables,
+          views,
+          {i: detections for i, *_, detections in found},
+          limit=settings.detection.max_detections,
+        )
+      for i, proposals, y, present, calibrated, detections in found:
+        if box_masks is not None:
+          detections = _with_box_masks(
+            detections, box_masks[i], share=settings.mask_share
           )
         stuff, stuff_score = _stuff_map(
           calibrated,
           proposals,
-          [(semantic[i], flip) for semantic, flip in views],
-          batch.size[i],
-          batch.superpixels.shape[1:],
+          views,
+          i,
           present,
           num_things,
-          settings,
+          share=settings.semantic_share,
         )
         panoptic = fuse(
           detections,
@@ -166,7 +174,8 @@ def predict(
           num_things=num_things,
           settings=settings.fusion,
         )
-        yield Prediction(int(index), panoptic, detections, calibrated, y)
+        index = int(views[0].batch.image_index[i])
+        yield Prediction(index, panoptic, detections, calibrated, y)
         bar.update()
 
 
@@ -194,89 +203,113 @@ def learn_calibration(
   with progress(
     description="calibrate", total=len(source), unit="image"
   ) as bar:
-    for batch, scores, _ in _score(
+    for views, scores, image_scores in _score(
       model, variables, source, store, settings, cache
     ):
-      real = batch.image_index >= 0
-      image[batch.image_index[real]] = scores.image[real]
-      best[batch.image_index[real]] = scores.proposals[real].max(1)
+      index = views[0].batch.image_index
+      real = index >= 0
+      image[index[real]] = image_scores[real]
+      best[index[real]] = scores[real].max(1)
       bar.update(int(real.sum()))
   return calibrate_classes(image, best, source.tags)
 
 
-def _score(model, variables, source, store, settings, cache):
-  """Yields host batches, their scores averaged over the flips, and the views.
+@dataclasses.dataclass(frozen=True)
+class _View:
+  """Some images on one canvas, plain or mirrored, and what the model says.
 
-  A view is (semantic probabilities, whether it is mirrored); there is none
-  without a semantic branch.
+  Attributes:
+    batch: on the host, without images.
+    semantic: [B, Hf, Wf, 1 + stuff] float32 probabilities on the host, or None.
+    features: [B, Hf, Wf, C] on the device.
+  """
+
+  batch: Batch
+  semantic: np.ndarray | None
+  features: jax.Array
+
+
+def _score(model, variables, source, store, settings, cache):
+  """Yields the views of some images and the mean of their scores.
+
+  The scores are those of the proposals [B, P, K], and of the images [B, K].
   """
   score = make_score_step(model, mil_share=settings.mil_share)
-  flips = (False, True) if settings.flip else (False,)
-  streams = [
-    inference_batches(
-      source,
-      store,
-      canvases=settings.canvases,
-      batch_size=settings.batch_size,
-      max_proposals=settings.max_proposals,
-      max_superpixels=settings.max_superpixels,
-      load_images=cache is None,
-      flip=flip,
-    )
-    for flip in flips
-  ]
-  for batches in zip(*streams, strict=True):
-    if cache is not None:
-      batches = [cache.attach(batch) for batch in batches]
-    found = [jax.device_get(score(variables, batch)) for batch in batches]
-    scores = found[0].replace(
-      proposals=sum(s.proposals for s in found) / len(found),
-      image=sum(s.image for s in found) / len(found),
-    )
-    views = [
-      (s.semantic, flip)
-      for s, flip in zip(found, flips, strict=True)
-      if s.semantic is not None
-    ]
-    yield batches[0], scores, views
-
-
-def _refine_masks(
-  find_masks, variables, features, batch: Batch, i, detections, settings
-) -> Detections:
-  """Masks of the detections from the instance branch."""
-  count = len(detections.score)
-  if not count:
-    return detections
-  limit = settings.detection.max_detections  # one shape, one compilation
-  boxes = np.zeros((1, limit, 4), np.float32)
-  boxes[0, :count] = batch.boxes[i][detections.proposal]
-  category = np.zeros((1, limit), np.int32)
-  category[0, :count] = detections.category
-  small = np.asarray(find_masks(variables, features[None], boxes, category))
-  pasted = paste_masks(
-    small[0, :count], detections.boxes, detections.masks.shape[1:]
+  batches = inference_batches(
+    source,
+    store,
+    canvases=settings.canvases,
+    batch_size=settings.batch_size,
+    max_proposals=settings.max_proposals,
+    max_superpixels=settings.max_superpixels,
+    load_images=cache is None,
+    flips=(False, True) if settings.flip else (False,),
   )
-  share = settings.mask_share
+  for _, group in itertools.groupby(
+    batches, key=lambda batch: batch.image_index.tobytes()
+  ):
+    views, proposals, images = [], [], []
+    for batch in group:
+      batch = batch if cache is None else cache.attach(batch)
+      found = score(variables, batch)
+      features = found.features
+      found = jax.device_get(found.replace(features=None))
+      proposals.append(found.proposals)
+      images.append(found.image)
+      batch = batch.replace(images=None, features=None)
+      views.append(_View(batch, found.semantic, features))
+    yield views, np.mean(proposals, axis=0), np.mean(images, axis=0)
+
+
+def _mean_box_masks(
+  find_masks, variables, views, detections, *, limit
+) -> dict[int, np.ndarray]:
+  """The instance branch's masks [N, m, m] of detections, over all views."""
+  batch_size = len(views[0].batch.image_index)
+  category = np.zeros((batch_size, limit), np.int32)
+  for i, found in detections.items():
+    category[i, : len(found.score)] = found.category
+  total = 0
+  for view in views:
+    boxes = np.zeros((batch_size, limit, 4), np.float32)
+    for i, found in detections.items():
+      boxes[i, : len(found.score)] = view.batch.boxes[i][found.proposal]
+    masks = np.asarray(find_masks(variables, view.features, boxes, category))
+    flip = view.batch.flip[:, None, None, None]
+    total = total + np.where(flip, masks[..., ::-1], masks)
+  return {
+    i: total[i, : len(found.score)] / len(views)
+    for i, found in detections.items()
+  }
+
+
+def _with_box_masks(
+  detections: Detections, box_masks: np.ndarray, *, share: float
+) -> Detections:
+  """Detections whose masks are the mean of the branch's and their own."""
+  pasted = paste_masks(box_masks, detections.boxes, detections.masks.shape[1:])
   return dataclasses.replace(
     detections, masks=share * pasted + (1 - share) * detections.masks >= 0.5
   )
 
 
-def _stuff_map(
-  scores, proposals, views, size, canvas, present, num_things, settings
-):
-  """The best stuff class of each pixel and its score."""
+def _stuff_map(scores, proposals, views, i, present, num_things, *, share):
+  """The best stuff class of each pixel of image i of the views, its score."""
   votes = superpixel_votes(scores, proposals)
   votes = votes / np.maximum(votes.sum(1, keepdims=True), 1e-9)
   stuff = votes[:, num_things:][proposals.superpixels]  # [H, W, stuff]
-  if views and settings.semantic_share > 0:
-    share = settings.semantic_share
+  if views[0].semantic is not None and share > 0:
     shape = proposals.superpixels.shape
     probability = np.zeros(stuff.shape, np.float32)
-    for semantic, flip in views:
-      view = _to_image(semantic[..., 1:], size, shape, canvas)
-      probability += (view[:, ::-1] if flip else view) / len(views)
+    for view in views:
+      shown = _to_image(
+        view.semantic[i, ..., 1:],
+        view.batch.size[i],
+        shape,
+        view.batch.superpixels.shape[1:],
+      )
+      mirrored = shown[:, ::-1] if view.batch.flip[i] else shown
+      probability += mirrored / len(views)
     stuff = share * probability + (1 - share) * stuff
   stuff = stuff * present[num_things:]
   label = np.where(stuff.max(-1) > 0, stuff.argmax(-1) + num_things, -1)
@@ -286,6 +319,8 @@ def _stuff_map(
 def _to_image(grid, size, shape, canvas):
   """Resizes the image's part of a canvas map [h, w, C] to the image."""
   stride = canvas[0] / grid.shape[0]
+  # Without the cells that show no pixel of the image.
+  grid = grid[: math.ceil(size[0] / stride), : math.ceil(size[1] / stride)]
   # Pixel centres of the image, in cells of the map.
   y = (np.arange(shape[0]) + 0.5) * (size[0] / shape[0]) / stride - 0.5
   x = (np.arange(shape[1]) + 0.5) * (size[1] / shape[1]) / stride - 0.5

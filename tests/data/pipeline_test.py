@@ -429,13 +429,14 @@ def infer(source, **options):
   return list(pipeline.inference_batches(source, STORE, **settings))
 
 
-def test_inference_shows_each_image_once(source):
+def test_inference_shows_each_image_in_its_views(source):
   batches = infer(source)
   found = [b.image_index.tolist() for b in batches]
-  assert found == [[0, 2], [3, 5], [6, -1], [1, 4]]
+  landscape = [[0, 2]] * 2 + [[3, 5]] * 2 + [[6, -1]] * 2
+  assert found == [*landscape, [1, 4]]
   shapes = [b.images.shape[1:3] for b in batches]
-  assert shapes == [(18, 24)] * 3 + [(16, 12)]
-  padding = batches[2]
+  assert shapes == [(12, 16), (18, 24)] * 3 + [(16, 12)]
+  padding = batches[4]
   assert not padding.valid[1].any()
   assert not padding.tags[1].any()
   assert (padding.superpixels[1] == -1).all()
@@ -444,9 +445,10 @@ def test_inference_shows_each_image_once(source):
 
 
 def test_inference_flip_mirrors(source):
-  for plain, mirrored in zip(
-    infer(source), infer(source, flip=True), strict=True
-  ):
+  batches = infer(source, flips=(False, True))
+  assert len(batches) == 14
+  for plain, mirrored in zip(batches[::2], batches[1::2], strict=True):
+    assert mirrored.flip.all()
     for b, (_, width) in enumerate(plain.size):
       if plain.image_index[b] < 0:
         continue

@@ -88,21 +88,31 @@ def test_a_group_smaller_than_the_batch_repeats():
   assert plan.indices.dtype == np.int32
 
 
-def test_inference_shows_each_image_once_on_the_largest_fitting_canvas():
+def test_inference_shows_each_image_in_all_its_views():
   batches = sampling.inference_plans(
-    sizes=SIZES, canvases=CANVASES, batch_size=3, flip=True
+    sizes=SIZES, canvases=CANVASES, batch_size=3, flips=(False, True)
   )
-  landscape = [p for p in batches if p.canvas == (64, 96)]
-  # Areas of the portrait canvases: 48 x 32 = 1536 and 40 x 40 = 1600.
-  portrait = [p for p in batches if p.canvas == (40, 40)]
-  assert [p.indices.tolist() for p in landscape] == [
-    [0, 1, 2],
-    [3, 4, 5],
-    [6, -1, -1],
+  views = [(p.canvas, p.flips.tolist()) for p in batches]
+  landscape = [
+    (canvas, [flip] * 3)
+    for canvas in ((32, 48), (40, 40), (64, 96))
+    for flip in (False, True)
   ]
-  assert [p.indices.tolist() for p in portrait] == [[7, 8, 9], [10, -1, -1]]
-  assert len(batches) == 5
-  assert all(p.flips.all() for p in batches)
+  portrait = [
+    (canvas, [flip] * 3)
+    for canvas in ((48, 32), (40, 40))
+    for flip in (False, True)
+  ]
+  assert views == landscape * 3 + portrait * 2
+  indices = [p.indices.tolist() for p in batches]
+  assert indices == (
+    [[0, 1, 2]] * 6
+    + [[3, 4, 5]] * 6
+    + [[6, -1, -1]] * 6
+    + [[7, 8, 9]] * 4
+    + [[10, -1, -1]] * 4
+  )
+  np.testing.assert_array_equal(batches[12].windows[0], [0, 0, 30, 30])
 
 
 @pytest.mark.parametrize(

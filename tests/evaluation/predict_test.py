@@ -1,18 +1,18 @@
 """The whole prediction on a toy model, against what its scores say."""
 
+import io
+
 import numpy as np
+import pytest
+from PIL import Image
 
+from jtsm_jax.data import pipeline, sampling
 from jtsm_jax.evaluation import predict as predict_lib
+from jtsm_jax.evaluation.class_calibration import ClassCalibration
+from jtsm_jax.evaluation.inference import make_mask_step, make_score_step
 from jtsm_jax.evaluation.predict import PredictionSettings
-from jtsm_jax.types import Proposals, pack_members
-
-SETTINGS = PredictionSettings(
-  canvases=((32, 64), (64, 32)),
-  batch_size=2,
-  max_proposals=4,
-  max_superpixels=4,
-  flip=True,
-)
+from jtsm_jax.types import Detections, Proposals, Record, pack_members
+from tests import tiny
 
 
 def _halves(height, width):
@@ -39,37 +39,175 @@ def test_maps_of_a_canvas_come_back_to_the_image():
   np.testing.assert_allclose(found[7, :, 1], x.clip(0, 7), atol=0.05)
 
 
-def test_a_mirrored_view_is_mirrored_back():
+def _view(semantic, *, flip=False, size=(32, 64)):
+  """One image on a canvas of 32 x 64; no features."""
+  batch = tiny.make_batch(1, image=(32, 64), canvas=(32, 64))
+  batch = batch.replace(size=np.array([size]), flip=np.array([flip]))
+  return predict_lib._View(batch, semantic and semantic[0][None], None)
+
+
+def test_views_come_back_to_the_image_and_are_averaged():
   proposals = _halves(16, 32)
   scores = np.zeros((2, 3), np.float32)  # 1 thing, 2 stuff: no votes
   left = np.zeros((4, 8, 3), np.float32)
   left[:, :4, 1], left[:, 4:, 2] = 1, 1
-  views = [(left, False), (left[:, ::-1], True)]
+  views = [_view([left]), _view([left[:, ::-1]], flip=True)]
+  # A smaller view that sees class 1 everywhere, with the weight of one.
+  half = np.zeros((4, 8, 3), np.float32)
+  half[:2, :4, 1] = 1
+  views.append(_view([half], size=(16, 32)))
   label, score = predict_lib._stuff_map(
-    scores,
-    proposals,
-    views,
-    np.array([32, 64]),
-    (32, 64),
-    np.ones(3, bool),
-    1,
-    SETTINGS,
+    scores, proposals, views, 0, np.ones(3, bool), 1, share=1.0
   )
   assert (label[:, :14] == 1).all()
   assert (label[:, 18:] == 2).all()
-  assert score[:, 0].min() > 0.9
+  np.testing.assert_allclose(score[:, 0], 1, atol=0.05)
+  np.testing.assert_allclose(score[:, -1], 2 / 3, atol=0.05)
 
 
 def test_votes_decide_where_there_is_no_semantic_branch():
   proposals = _halves(16, 32)
   scores = np.array([[0.1, 0.8, 0.2], [0.1, 0.2, 0.8]], np.float32)
-  size = np.array([32, 64])
+  views = [_view(None)]
   label, _ = predict_lib._stuff_map(
-    scores, proposals, [], size, (32, 64), np.ones(3, bool), 1, SETTINGS
+    scores, proposals, views, 0, np.ones(3, bool), 1, share=1.0
   )
   np.testing.assert_array_equal(label, proposals.superpixels + 1)
   absent = np.array([True, False, True])
   label, _ = predict_lib._stuff_map(
-    scores, proposals, [], size, (32, 64), absent, 1, SETTINGS
+    scores, proposals, views, 0, absent, 1, share=1.0
   )
   assert (label == 2).all()
+
+
+class _Images:
+  """A split of 3 random images, the last one upright."""
+
+  sizes = np.array([[24, 40], [30, 60], [50, 30]], np.int32)
+  image_ids = ("a", "b", "c")
+  tags = np.zeros((3, tiny.K), np.float32)
+
+  def __len__(self):
+    return 3
+
+  def __getitem__(self, i):
+    pixels = np.random.default_rng(i).integers(0, 256, (*self.sizes[i], 3))
+    data = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(data, format="PNG")
+    return Record(self.image_ids[i], data.getvalue(), *self.sizes[i], ())
+
+
+SETTINGS = PredictionSettings(
+  canvases=((32, 64), (64, 32), (48, 96)),
+  batch_size=2,
+  max_proposals=3,
+  max_superpixels=4,
+  flip=True,
+)
+
+
+@pytest.fixture(scope="module")
+def toy():
+  """A model, its variables, images and proposals."""
+  model = tiny.make_model()
+  variables = tiny.make_variables(model, tiny.make_batch())
+  source = _Images()
+  store = {
+    name: _halves(*size)
+    for name, size in zip(source.image_ids, source.sizes, strict=True)
+  }
+  return model, variables, source, store
+
+
+def test_scores_are_the_mean_of_all_views(toy):
+  model, variables, source, store = toy
+  score = make_score_step(model)
+  groups = list(
+    predict_lib._score(model, variables, source, store, SETTINGS, None)
+  )
+  assert [g[0][0].batch.image_index.tolist() for g in groups] == [
+    [0, 1],
+    [2, -1],
+  ]
+  for (views, proposals, images), canvases in zip(
+    groups, [[(32, 64), (48, 96)], [(64, 32)]], strict=True
+  ):
+    seen = []
+    for canvas in canvases:
+      for flip in (False, True):
+        plan = sampling.BatchPlan(
+          canvas,
+          views[0].batch.image_index,
+          np.full(2, flip),
+          sampling.whole_windows(source.sizes, views[0].batch.image_index),
+        )
+        batch = pipeline.make_batch(
+          plan,
+          source,
+          pipeline.with_fallback(store),
+          max_proposals=3,
+          max_superpixels=4,
+        )
+        seen.append(score(variables, batch))
+    assert len(views) == len(seen)
+    np.testing.assert_allclose(
+      proposals, np.mean([s.proposals for s in seen], 0), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+      images, np.mean([s.image for s in seen], 0), rtol=1e-5
+    )
+    assert not proposals[:, 2].any()  # padding
+
+
+def test_box_masks_are_the_mean_of_all_views(toy):
+  model, variables, source, store = toy
+  views, _, _ = next(
+    predict_lib._score(model, variables, source, store, SETTINGS, None)
+  )
+  detections = {
+    i: Detections(
+      proposal=np.array([1, 0], np.int32)[: 2 - i],
+      category=np.array([2, 0], np.int32)[: 2 - i],
+      score=np.ones(2 - i, np.float32),
+      boxes=store[name].boxes[[1, 0]][: 2 - i],
+      masks=np.zeros((2 - i, 1, 1), bool),
+    )
+    for i, name in enumerate("ab")
+  }
+  find_masks = make_mask_step(model)
+  found = predict_lib._mean_box_masks(
+    find_masks, variables, views, detections, limit=5
+  )
+  assert found[0].shape[0] == 2
+  assert found[1].shape[0] == 1
+  for i, n, category, proposal in ((0, 0, 2, 1), (0, 1, 0, 0), (1, 0, 2, 1)):
+    wanted = []
+    for view in views:
+      boxes = view.batch.boxes[i][None, [proposal]]
+      mask = find_masks(
+        variables, view.features[i : i + 1], boxes, np.array([[category]])
+      )[0, 0]
+      wanted.append(mask[:, ::-1] if view.batch.flip[i] else mask)
+    assert len(wanted) == 4
+    np.testing.assert_allclose(found[i][n], np.mean(wanted, 0), atol=1e-5)
+
+
+def test_each_image_is_predicted_once(toy):
+  model, variables, source, store = toy
+  found = list(
+    predict_lib.predict(
+      model,
+      variables,
+      source,
+      store,
+      calibration=ClassCalibration.neutral(tiny.K),
+      num_things=tiny.NUM_THINGS,
+      settings=SETTINGS,
+    )
+  )
+  assert [p.index for p in found] == [0, 1, 2]
+  for prediction in found:
+    size = tuple(source.sizes[prediction.index])
+    assert prediction.panoptic.ids.shape == size
+    assert prediction.detections.masks.shape[1:] == size
+    assert prediction.scores.shape == (2, tiny.K)
