@@ -44,19 +44,6 @@ def get_config() -> ml_collections.ConfigDict:
       (-(-short * 4 // 3) // 32 * 32, short),
     )
   )
-  # At test time scores are averaged over those of an image's orientation.
-  # Section 4.1: short sides 480, 576, 688, 864 and 1200.
-  c.data.eval_canvases = tuple(
-    canvas
-    for short, long in (
-      (480, 640),
-      (576, 768),
-      (688, 920),
-      (864, 1152),
-      (1200, 1600),
-    )
-    for canvas in ((short, long), (long, short))
-  )
   c.data.flip = True
   # Parts of the images are shown, whose height and width are each at least this
   # share of the image's; 0.9 in the authors' code. Tags stay the image's own.
@@ -182,6 +169,19 @@ def get_config() -> ml_collections.ConfigDict:
   # Inference and fusion.
   c.evaluation = ml_collections.ConfigDict()
   c.evaluation.batch_size = 4
+  # At test time scores are averaged over those of an image's orientation.
+  # Section 4.1: short sides 480, 576, 688, 864 and 1200.
+  c.evaluation.canvases = tuple(
+    canvas
+    for short, long in (
+      (480, 640),
+      (576, 768),
+      (688, 928),
+      (864, 1152),
+      (1200, 1600),
+    )
+    for canvas in ((short, long), (long, short))
+  )
   c.evaluation.flip = True  # average over mirror images, too
   c.evaluation.calibrate = False  # class thresholds from the training tags
   c.evaluation.mil_share = 0.0  # of S^MIL in the average of the heads

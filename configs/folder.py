@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
   """Photographs both ways up; heads that are tied over the bins."""
   c = small_data.get_config()
   c.data.canvases = ((320, 480), (480, 320))
-  c.data.eval_canvases = ((320, 480), (480, 320))
+  c.evaluation.canvases = ((320, 480), (480, 320))
   c.proposals.num_superpixels = 300
   c.proposals.max_proposals = 400
   c.pooling.reduce = "mean"

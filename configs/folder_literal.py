@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
   """Sections 3 and 4.1 on small canvases."""
   c = base.get_config()
   c.data.canvases = ((320, 480), (480, 320))
-  c.data.eval_canvases = ((320, 480), (480, 320))
+  c.evaluation.canvases = ((320, 480), (480, 320))
   c.data.colour_factor = 1.0
   c.proposals.num_superpixels = 300
   c.proposals.max_proposals = 400

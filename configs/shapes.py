@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
   c = small_data.get_config()
   c.data.name = "shapes"
   c.data.canvases = ((320, 320),)
-  c.data.eval_canvases = ((320, 320),)
+  c.evaluation.canvases = ((320, 320),)
   c.proposals.num_superpixels = 200
   c.proposals.max_proposals = 256
   c.backbone.outputs = ("stage3", "stage5", "head")

@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
   """The settings of configs/shapes.py with another backbone."""
   c = shapes.get_config()
   c.data.canvases = ((160, 160),)
-  c.data.eval_canvases = ((160, 160),)
+  c.evaluation.canvases = ((160, 160),)
   c.proposals.network = False  # nothing here has seen ImageNet
   c.backbone.name = "resnet_ws"
   c.backbone.pretrained = ""

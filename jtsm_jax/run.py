@@ -444,7 +444,7 @@ def prediction_settings(config: Config) -> PredictionSettings:
   """`config.evaluation` as plain settings."""
   e = config.evaluation
   return PredictionSettings(
-    canvases=build.canvases(config, "eval_canvases"),
+    canvases=build.canvases(config, "evaluation"),
     batch_size=e.batch_size,
     max_proposals=config.proposals.max_proposals,
     max_superpixels=config.proposals.num_superpixels,
@@ -618,8 +618,9 @@ def run_evaluation(
 
 def _made_with(config: Config, step: int) -> dict[str, Any]:
   """What a calibration depends on: the weights, and how scores are made."""
-  names = ("calibrate", "flip", "mil_share")
-  return {"step": step} | {name: config.evaluation[name] for name in names}
+  names = ("calibrate", "canvases", "flip", "mil_share")
+  values = {"step": step} | {name: config.evaluation[name] for name in names}
+  return json.loads(json.dumps(values))
 
 
 def _has_targets(data: PreparedData) -> bool:

@@ -92,8 +92,8 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
       f"config.backbone.freeze is {b.freeze!r}; wanted 'all', 'none' or a "
       f"stage of {b.name}: {', '.join(stages)}"
     )
-  for field in ("canvases", "eval_canvases"):
-    canvases(config, field)
+  for group in ("data", "evaluation"):
+    canvases(config, group)
   if not 1 <= config.proposals.num_superpixels <= MAX_SUPERPIXELS:
     raise InputError(
       f"config.proposals.num_superpixels is {config.proposals.num_superpixels};"
@@ -206,15 +206,15 @@ def load_pretrained(
 
 
 def canvases(
-  config: ml_collections.ConfigDict, field: str
+  config: ml_collections.ConfigDict, group: str
 ) -> tuple[tuple[int, int], ...]:
-  """`config.data.canvases` or `config.data.eval_canvases`, checked.
+  """`config.data.canvases` or `config.evaluation.canvases`, checked.
 
   Raises:
     InputError: it is not a tuple of (height, width), or a side is no multiple
       of the strides of the features and of the pseudo masks.
   """
-  value = config.data[field]
+  value = config[group].canvases
   unit = math.lcm(config.backbone.stride, config.losses.mask_stride)
   try:
     found = tuple((int(height), int(width)) for height, width in value)
@@ -222,9 +222,9 @@ def canvases(
     found = ()
   if not found or any(side < 1 or side % unit for c in found for side in c):
     raise InputError(
-      f"config.data.{field} is {value!r}; wanted a tuple of (height, width) in "
-      f"multiples of {unit} pixels (backbone.stride and losses.mask_stride), "
-      "such as ((320, 480), (480, 320))"
+      f"config.{group}.canvases is {value!r}; wanted a tuple of (height, "
+      f"width) in multiples of {unit} pixels (backbone.stride and "
+      "losses.mask_stride), such as ((320, 480), (480, 320))"
     )
   return found
 
@@ -314,11 +314,11 @@ def caches_features(
   """
   if not (config.backbone.cache and config.backbone.freeze == "all"):
     return False
-  sizes = set(canvases(config, "eval_canvases"))
+  sizes = set(canvases(config, "evaluation"))
   if split == "train":
     if config.data.colour_factor != 1 or config.data.crop != 1:
       return False  # every step sees other colours or other parts
-    sizes |= set(canvases(config, "canvases"))
+    sizes |= set(canvases(config, "data"))
   size = cache_bytes(
     model, variables, canvases=tuple(sizes), num_images=len(source)
   )

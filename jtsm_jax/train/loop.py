@@ -93,7 +93,7 @@ def train(
       source,
       store,
       seed=config.seed,
-      canvases=build.canvases(config, "canvases"),
+      canvases=build.canvases(config, "data"),
       batch_size=(config.warm_up if warming_up else config.train).batch_size,
       max_proposals=config.proposals.max_proposals,
       max_superpixels=config.proposals.num_superpixels,

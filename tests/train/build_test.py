@@ -62,7 +62,7 @@ def test_every_configuration_builds(name):
   assert mining.score_ratio == config.mining.score_ratio
   losses = build.loss_settings(config)
   assert losses.mask_stride == config.losses.mask_stride
-  sides = np.array([*config.data.canvases, *config.data.eval_canvases])
+  sides = np.array([*config.data.canvases, *config.evaluation.canvases])
   assert not (sides % config.backbone.stride).any()
   assert not (sides % config.losses.mask_stride).any()
 
@@ -180,14 +180,14 @@ def test_canvases_that_are_none_are_named(value):
   with pytest.raises(
     InputError, match=r"config\.data\.canvases.*multiples of 8"
   ):
-    build.canvases(config, "canvases")
+    build.canvases(config, "data")
 
 
 def test_canvases_are_plain_pairs():
   config = base.get_config()
   with config.unlocked():
     config.data = {"canvases": [[64, 96], (96, 64)]}
-  assert build.canvases(config, "canvases") == ((64, 96), (96, 64))
+  assert build.canvases(config, "data") == ((64, 96), (96, 64))
 
 
 def test_a_backbone_that_would_stay_random_is_refused(tmp_path):
