@@ -50,6 +50,7 @@ from jtsm_jax.proposals import store as stores
 from jtsm_jax.proposals.fill_store import Maker, fill_store, generator
 from jtsm_jax.proposals.generate import ProposalSettings, preset_settings
 from jtsm_jax.reporting import proposal_quality, stages
+from jtsm_jax.reporting.predictions import collect, write_prediction
 from jtsm_jax.reporting.visualize import overlay_panoptic, write_image
 from jtsm_jax.train import build, checkpoints
 from jtsm_jax.train.loop import train
@@ -582,34 +583,46 @@ def run_evaluation(
   get_proposals = with_fallback(store)
   shown = max(len(source) // max(config.evaluation.pictures, 1), 1)
 
-  def draw(prediction):
+  predicted = []
+
+  def keep(prediction):
+    name = source.image_ids[prediction.index]
+    image = decode_image(source[prediction.index].image)
+    predicted.append(name)
+    write_prediction(
+      folder_ / "predictions",
+      name,
+      prediction,
+      data.categories,
+      image=image,
+      file_name=f"{name}.jpg",
+      made_with=_made_with(config, step),
+    )
     if not config.evaluation.pictures or prediction.index % shown:
       return
     sheet = stages.prediction_sheet(
-      decode_image(source[prediction.index].image),
-      get_proposals(
-        source.image_ids[prediction.index],
-        tuple(source.sizes[prediction.index].tolist()),
-      ),
+      image,
+      get_proposals(name, image.shape[:2]),
       prediction.panoptic,
       source.target(prediction.index),
       data.categories,
     )
-    name = source.image_ids[prediction.index]
     write_image(folder_ / "overlays" / f"{name}.jpg", sheet)
 
   result = evaluate(
     _predictions(*args, calibration),
     source,
     data.categories,
-    on_prediction=draw,
+    on_prediction=keep,
   )
+  collect(folder_ / "predictions", predicted, data.categories)
   write_metrics(
     folder_ / "metrics.json", {"step": step, "split": "val"} | result
   )
   print(format_table(result))
   print(f"mIoU {result['semantic']['miou']:.1f}")
   print(f"\nfigures    {folder_ / 'metrics.json'}")
+  print(f"predicted  {folder_ / 'predictions'}")
   print(f"pictures   {folder_ / 'overlays'}")
   if (workdir / "mining").is_dir():
     print(f"           {workdir / 'mining'}")

@@ -1,0 +1,200 @@
+"""Predictions as files: one image at a time, whole or not at all.
+
+    FOLDER/records/NAME.json    all that is known of an image; written last
+    FOLDER/panoptic/NAME.png    COCO panoptic: ids as R + 256 G + 65536 B
+    FOLDER/classes/NAME.png     index of each pixel's class, 255 for void
+    FOLDER/overlays/NAME.jpg    to look at
+    FOLDER/panoptic.json        COCO panoptic, of all images
+    FOLDER/instances.json       COCO results: masks as run lengths, scores
+    FOLDER/detections.json      COCO results: boxes, scores
+    FOLDER/classes.json         the classes in the order of their indices
+
+An image whose record was made with the same weights and settings from the same
+bytes need not be predicted again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from jtsm_jax.data.panoptic_files import encode_ids, panoptic_annotation
+from jtsm_jax.evaluation.predict import Prediction
+from jtsm_jax.reporting.visualize import (
+  class_colours,
+  overlay_panoptic,
+  write_image,
+)
+from jtsm_jax.types import Categories, Detections, PanopticMap
+
+VOID_CLASS = 255
+
+
+def write_prediction(
+  folder: pathlib.Path,
+  name: str,
+  prediction: Prediction,
+  categories: Categories,
+  *,
+  image: np.ndarray,
+  file_name: str,
+  made_with: dict[str, Any],
+) -> None:
+  """Writes the files of one image.
+
+  Args:
+    folder: see above.
+    name: of the image, unique in the folder and safe as a file name.
+    prediction: of the image.
+    categories: the classes; at most 255.
+    image: [H, W, 3] uint8 RGB.
+    file_name: of the image.
+    made_with: weights, settings and the image's digest, see `is_done`.
+
+  Raises:
+    ValueError: there are more classes than a byte can tell apart.
+  """
+  panoptic = prediction.panoptic
+  _write_png(folder / "panoptic" / f"{name}.png", encode_ids(panoptic.ids))
+  _write_png(
+    folder / "classes" / f"{name}.png",
+    class_map(panoptic, len(categories)),
+    palette=class_colours(categories),
+  )
+  write_image(
+    folder / "overlays" / f"{name}.jpg",
+    overlay_panoptic(image, panoptic, categories),
+  )
+  height, width = panoptic.ids.shape
+  record = {
+    "made_with": made_with,
+    "image": {
+      "id": name,
+      "file_name": file_name,
+      "height": height,
+      "width": width,
+    },
+    "panoptic": panoptic_annotation(name, f"{name}.png", panoptic, categories),
+    "instances": _instances(name, prediction.detections, categories),
+    "class_scores": dict(
+      zip(categories.names, prediction.image_scores.tolist(), strict=True)
+    ),
+  }
+  _write_text(folder / "records" / f"{name}.json", json.dumps(record))
+
+
+def is_done(
+  folder: pathlib.Path, name: str, *, made_with: dict[str, Any]
+) -> bool:
+  """Whether `write_prediction` has finished with the same `made_with`."""
+  try:
+    return _read_record(folder, name)["made_with"] == made_with
+  except (OSError, ValueError, KeyError, TypeError):
+    return False  # none, or of another program
+
+
+def collect(
+  folder: pathlib.Path, names: Sequence[str], categories: Categories
+) -> None:
+  """Writes the JSON files of all images from the records of each."""
+  records = [_read_record(folder, name) for name in names]
+  instances = [entry for r in records for entry in r["instances"]]
+  files = {
+    "panoptic.json": {
+      "images": [r["image"] for r in records],
+      "annotations": [r["panoptic"] for r in records],
+      "categories": categories.to_list(),
+    },
+    "instances.json": instances,
+    "detections.json": [
+      {k: v for k, v in entry.items() if k != "segmentation"}
+      for entry in instances
+    ],
+    "classes.json": categories.to_list(),
+  }
+  for name, content in files.items():
+    _write_text(folder / name, json.dumps(content))
+
+
+def digest(data: bytes) -> str:
+  """SHA-256 of a file, for `made_with`."""
+  return hashlib.sha256(data).hexdigest()
+
+
+def class_map(panoptic: PanopticMap, num_classes: int) -> np.ndarray:
+  """[H, W] uint8 class index of each pixel, 255 for void.
+
+  Raises:
+    ValueError: there are more classes than a byte can tell apart.
+  """
+  if num_classes > VOID_CLASS:
+    raise ValueError(
+      f"{num_classes} classes do not fit into 8 bits; at most {VOID_CLASS} do"
+    )
+  index = np.full(panoptic.ids.shape, VOID_CLASS, np.uint8)
+  for segment in panoptic.segments:
+    index[panoptic.ids == segment.id] = segment.category
+  return index
+
+
+def _instances(name, detections: Detections, categories) -> list[dict]:
+  """COCO's results of one image, best first; empty masks are left out."""
+  entries = []
+  for category, score, mask in zip(
+    detections.category, detections.score, detections.masks, strict=True
+  ):
+    if not mask.any():
+      continue
+    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    entries.append(
+      {
+        "image_id": name,
+        "category_id": categories.items[category].id,
+        "bbox": coco_mask.toBbox(rle).tolist(),
+        "score": float(score),
+        "segmentation": {
+          "size": list(mask.shape),
+          "counts": rle["counts"].decode("ascii"),
+        },
+      }
+    )
+  return entries
+
+
+def _read_record(folder: pathlib.Path, name: str) -> dict[str, Any]:
+  return json.loads((folder / "records" / f"{name}.json").read_text())
+
+
+def _write_png(
+  path: pathlib.Path, pixels: np.ndarray, *, palette: np.ndarray | None = None
+) -> None:
+  image = Image.fromarray(pixels)
+  if palette is not None:
+    # All 256 entries: Pillow would change indices without a colour.
+    colours = np.zeros((256, 3), np.uint8)
+    colours[: len(palette)] = palette
+    image.putpalette(colours.tobytes())
+  data = io.BytesIO()
+  image.save(data, format="PNG")
+  _write_bytes(path, data.getvalue())
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+  _write_bytes(path, text.encode())
+
+
+def _write_bytes(path: pathlib.Path, data: bytes) -> None:
+  """The file appears only when it is complete."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  draft.write_bytes(data)
+  os.replace(draft, path)
