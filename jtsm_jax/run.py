@@ -38,7 +38,11 @@ from jtsm_jax.evaluation.class_calibration import (
 )
 from jtsm_jax.evaluation.evaluate import evaluate, write_metrics
 from jtsm_jax.evaluation.fusion import FusionSettings
-from jtsm_jax.evaluation.inference import DetectionSettings
+from jtsm_jax.evaluation.inference import (
+  DetectionSettings,
+  Steps,
+  make_steps,
+)
 from jtsm_jax.evaluation.panoptic_quality import format_table
 from jtsm_jax.evaluation.predict import (
   PredictionSettings,
@@ -450,7 +454,6 @@ def prediction_settings(config: Config) -> PredictionSettings:
     max_proposals=config.proposals.max_proposals,
     max_superpixels=config.proposals.num_superpixels,
     flip=e.flip,
-    mil_share=e.mil_share,
     mask_share=e.mask_share,
     semantic_share=e.semantic_share,
     detection=DetectionSettings(
@@ -521,6 +524,10 @@ def _draw_mined(directory, data, get_proposals, batch, mined, futures) -> None:
     write_image(directory / f"{image_id}.jpg", sheet)
 
 
+def _steps(config, model, variables) -> Steps:
+  return make_steps(model, variables, mil_share=config.evaluation.mil_share)
+
+
 def _calibrate(
   config, workdir, model, variables, data, store
 ) -> ClassCalibration:
@@ -528,8 +535,7 @@ def _calibrate(
     return ClassCalibration.neutral(len(data.categories))
   source = data.splits["train"]
   return learn_calibration(
-    model,
-    variables,
+    _steps(config, model, variables),
     source,
     store,
     settings=prediction_settings(config),
@@ -542,8 +548,7 @@ def _calibrate(
 def _predictions(config, workdir, model, variables, data, store, calibration):
   source = data.splits["val"]
   return predict(
-    model,
-    variables,
+    _steps(config, model, variables),
     source,
     store,
     calibration=calibration,
@@ -673,8 +678,7 @@ def predict_folder(
   else:
     calibration = ClassCalibration.neutral(len(categories))
   predictions = predict(
-    model,
-    variables,
+    _steps(config, model, variables),
     source,
     store,
     calibration=calibration,

@@ -53,6 +53,31 @@ class DetectionSettings:
   area_exponent: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Steps:
+  """A trained model as two functions: what it says of images and of boxes.
+
+  Attributes:
+    score: of a batch.
+    masks: from features [B, Hf, Wf, C], boxes [B, N, 4] on the canvas and
+      categories [B, N] to masks [B, N, m, m] in [0, 1]; None without an
+      instance branch.
+  """
+
+  score: Callable[[Batch], Scores]
+  masks: Callable[[Array, Array, Array], Array] | None
+
+
+def make_steps(model: JTSM, variables: Any, *, mil_share: float = 0.0) -> Steps:
+  """The jitted steps of a model with its weights; see `make_score_step`."""
+  score = make_score_step(model, mil_share=mil_share)
+  masks = make_mask_step(model) if model.instance is not None else None
+  return Steps(
+    functools.partial(score, variables),
+    functools.partial(masks, variables) if masks else None,
+  )
+
+
 @functools.lru_cache(maxsize=8)  # an evaluation in training compiles once
 def make_score_step(
   model: JTSM, *, mil_share: float = 0.0

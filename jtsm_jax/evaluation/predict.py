@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import cv2
 import jax
@@ -26,13 +25,11 @@ from jtsm_jax.evaluation.class_calibration import (
 from jtsm_jax.evaluation.fusion import FusionSettings, fuse
 from jtsm_jax.evaluation.inference import (
   DetectionSettings,
+  Steps,
   detect,
-  make_mask_step,
-  make_score_step,
   paste_masks,
   superpixel_votes,
 )
-from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.train.feature_cache import FeatureCache
 from jtsm_jax.types import Batch, Detections, PanopticMap
 
@@ -48,7 +45,6 @@ class PredictionSettings:
     max_proposals: P.
     max_superpixels: S.
     flip: average over the mirrored images, too.
-    mil_share: see `inference.make_score_step`.
     mask_share: weight of the instance branch's mask against the proposal's own;
       1 takes the branch alone (paper).
     semantic_share: weight of the semantic branch against the votes of the
@@ -62,7 +58,6 @@ class PredictionSettings:
   max_proposals: int
   max_superpixels: int
   flip: bool = False
-  mil_share: float = 0.0
   mask_share: float = 1.0
   semantic_share: float = 1.0
   detection: DetectionSettings = dataclasses.field(
@@ -91,8 +86,7 @@ class Prediction:
 
 
 def predict(
-  model: JTSM,
-  variables: Any,
+  steps: Steps,
   source: RecordSource,
   store: ProposalSource,
   *,
@@ -105,8 +99,7 @@ def predict(
   """Predicts every image of a split, with a progress line.
 
   Args:
-    model: the model.
-    variables: its weights.
+    steps: the trained model.
     source: the images.
     store: their proposals.
     calibration: from `learn_calibration`.
@@ -118,13 +111,12 @@ def predict(
   Yields:
     One prediction per image, all of an orientation before the others.
   """
-  find_masks = make_mask_step(model) if model.instance is not None else None
   get_proposals = with_fallback(store)
   with progress(
     description=description, total=len(source), unit="image"
   ) as bar:
     for views, scores, image_scores in _score(
-      model, variables, source, store, settings, cache
+      steps.score, source, store, settings, cache
     ):
       found = []
       for i, index in enumerate(views[0].batch.image_index):
@@ -145,10 +137,9 @@ def predict(
         )
         found.append((i, proposals, y, present, calibrated, detections))
       box_masks = None
-      if find_masks is not None and settings.mask_share > 0:
+      if steps.masks is not None and settings.mask_share > 0:
         box_masks = _mean_box_masks(
-          find_masks,
-          variables,
+          steps.masks,
           views,
           {i: detections for i, *_, detections in found},
           limit=settings.detection.max_detections,
@@ -180,8 +171,7 @@ def predict(
 
 
 def learn_calibration(
-  model: JTSM,
-  variables: Any,
+  steps: Steps,
   source: RecordSource,
   store: ProposalSource,
   *,
@@ -191,8 +181,7 @@ def learn_calibration(
   """Compares the scores of the training images with their tags.
 
   Args:
-    model: the model.
-    variables: its weights.
+    steps: the trained model.
     source: the training split.
     store: its proposals.
     settings: as for `predict`.
@@ -204,7 +193,7 @@ def learn_calibration(
     description="calibrate", total=len(source), unit="image"
   ) as bar:
     for views, scores, image_scores in _score(
-      model, variables, source, store, settings, cache
+      steps.score, source, store, settings, cache
     ):
       index = views[0].batch.image_index
       real = index >= 0
@@ -229,12 +218,11 @@ class _View:
   features: jax.Array
 
 
-def _score(model, variables, source, store, settings, cache):
+def _score(score, source, store, settings, cache):
   """Yields the views of some images and the mean of their scores.
 
   The scores are those of the proposals [B, P, K], and of the images [B, K].
   """
-  score = make_score_step(model, mil_share=settings.mil_share)
   batches = inference_batches(
     source,
     store,
@@ -251,7 +239,7 @@ def _score(model, variables, source, store, settings, cache):
     views, proposals, images = [], [], []
     for batch in group:
       batch = batch if cache is None else cache.attach(batch)
-      found = score(variables, batch)
+      found = score(batch)
       features = found.features
       found = jax.device_get(found.replace(features=None))
       proposals.append(found.proposals)
@@ -262,7 +250,7 @@ def _score(model, variables, source, store, settings, cache):
 
 
 def _mean_box_masks(
-  find_masks, variables, views, detections, *, limit
+  find_masks, views, detections, *, limit
 ) -> dict[int, np.ndarray]:
   """The instance branch's masks [N, m, m] of detections, over all views."""
   batch_size = len(views[0].batch.image_index)
@@ -274,7 +262,7 @@ def _mean_box_masks(
     boxes = np.zeros((batch_size, limit, 4), np.float32)
     for i, found in detections.items():
       boxes[i, : len(found.score)] = view.batch.boxes[i][found.proposal]
-    masks = np.asarray(find_masks(variables, view.features, boxes, category))
+    masks = np.asarray(find_masks(view.features, boxes, category))
     flip = view.batch.flip[:, None, None, None]
     total = total + np.where(flip, masks[..., ::-1], masks)
   return {

@@ -65,9 +65,11 @@ class ProposalFeatures(nn.Module):
 
     def pool(*arrays):
       # Image by image is faster where nothing runs in parallel anyhow.
-      if jax.default_backend() == "cpu":
-        return jax.lax.map(lambda image: self._pool_image(*image), arrays)
-      return jax.vmap(self._pool_image)(*arrays)
+      return jax.lax.platform_dependent(
+        *arrays,
+        cpu=lambda *a: jax.lax.map(lambda image: self._pool_image(*image), a),
+        default=jax.vmap(self._pool_image),
+      )
 
     # XLA cannot split the loops of the pooling over devices by itself.
     mesh = jax.sharding.get_abstract_mesh()

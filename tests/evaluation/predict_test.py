@@ -9,7 +9,7 @@ from PIL import Image
 from jtsm_jax.data import pipeline, sampling
 from jtsm_jax.evaluation import predict as predict_lib
 from jtsm_jax.evaluation.class_calibration import ClassCalibration
-from jtsm_jax.evaluation.inference import make_mask_step, make_score_step
+from jtsm_jax.evaluation.inference import make_steps
 from jtsm_jax.evaluation.predict import PredictionSettings
 from jtsm_jax.types import Detections, Proposals, Record, pack_members
 from tests import tiny
@@ -108,23 +108,20 @@ SETTINGS = PredictionSettings(
 
 @pytest.fixture(scope="module")
 def toy():
-  """A model, its variables, images and proposals."""
+  """A model, images and proposals."""
   model = tiny.make_model()
-  variables = tiny.make_variables(model, tiny.make_batch())
+  steps = make_steps(model, tiny.make_variables(model, tiny.make_batch()))
   source = _Images()
   store = {
     name: _halves(*size)
     for name, size in zip(source.image_ids, source.sizes, strict=True)
   }
-  return model, variables, source, store
+  return steps, source, store
 
 
 def test_scores_are_the_mean_of_all_views(toy):
-  model, variables, source, store = toy
-  score = make_score_step(model)
-  groups = list(
-    predict_lib._score(model, variables, source, store, SETTINGS, None)
-  )
+  steps, source, store = toy
+  groups = list(predict_lib._score(steps.score, source, store, SETTINGS, None))
   assert [g[0][0].batch.image_index.tolist() for g in groups] == [
     [0, 1],
     [2, -1],
@@ -148,7 +145,7 @@ def test_scores_are_the_mean_of_all_views(toy):
           max_proposals=3,
           max_superpixels=4,
         )
-        seen.append(score(variables, batch))
+        seen.append(steps.score(batch))
     assert len(views) == len(seen)
     np.testing.assert_allclose(
       proposals, np.mean([s.proposals for s in seen], 0), rtol=1e-5
@@ -160,9 +157,9 @@ def test_scores_are_the_mean_of_all_views(toy):
 
 
 def test_box_masks_are_the_mean_of_all_views(toy):
-  model, variables, source, store = toy
+  steps, source, store = toy
   views, _, _ = next(
-    predict_lib._score(model, variables, source, store, SETTINGS, None)
+    predict_lib._score(steps.score, source, store, SETTINGS, None)
   )
   detections = {
     i: Detections(
@@ -174,18 +171,15 @@ def test_box_masks_are_the_mean_of_all_views(toy):
     )
     for i, name in enumerate("ab")
   }
-  find_masks = make_mask_step(model)
-  found = predict_lib._mean_box_masks(
-    find_masks, variables, views, detections, limit=5
-  )
+  found = predict_lib._mean_box_masks(steps.masks, views, detections, limit=5)
   assert found[0].shape[0] == 2
   assert found[1].shape[0] == 1
   for i, n, category, proposal in ((0, 0, 2, 1), (0, 1, 0, 0), (1, 0, 2, 1)):
     wanted = []
     for view in views:
       boxes = view.batch.boxes[i][None, [proposal]]
-      mask = find_masks(
-        variables, view.features[i : i + 1], boxes, np.array([[category]])
+      mask = steps.masks(
+        view.features[i : i + 1], boxes, np.array([[category]])
       )[0, 0]
       wanted.append(mask[:, ::-1] if view.batch.flip[i] else mask)
     assert len(wanted) == 4
@@ -193,11 +187,10 @@ def test_box_masks_are_the_mean_of_all_views(toy):
 
 
 def test_each_image_is_predicted_once(toy):
-  model, variables, source, store = toy
+  steps, source, store = toy
   found = list(
     predict_lib.predict(
-      model,
-      variables,
+      steps,
       source,
       store,
       calibration=ClassCalibration.neutral(tiny.K),

@@ -1,0 +1,199 @@
+"""A trained model as files that jax and numpy alone can run.
+
+    FOLDER/score-HxW.stablehlo    the model on a canvas, in StableHLO
+    FOLDER/masks-HxW.stablehlo    its instance branch, if it has one
+    FOLDER/weights.safetensors    the weights, the first argument of both
+    FOLDER/model.json             arguments, classes, preprocessing, settings
+
+The functions run on CPUs, NVIDIA GPUs and TPUs, for batches of any size.
+docs/export.md has a loader without this package.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jax import export as jax_export
+
+from jtsm_jax.evaluation.inference import (
+  Scores,
+  Steps,
+  make_mask_step,
+  make_score_step,
+)
+from jtsm_jax.models.jtsm import JTSM
+from jtsm_jax.types import Batch, InputError
+
+FORMAT = "1"
+PLATFORMS = ("cpu", "cuda", "tpu")
+INPUTS = ("images", "superpixels", "member_bits", "boxes", "valid")
+"""The fields of `types.Batch` that the inference reads."""
+
+
+def export_model(
+  folder: pathlib.Path,
+  model: JTSM,
+  variables: Any,
+  *,
+  canvases: Sequence[tuple[int, int]],
+  max_proposals: int,
+  max_superpixels: int,
+  mil_share: float,
+  description: dict[str, Any],
+) -> None:
+  """Writes the inference of a trained model.
+
+  Args:
+    folder: see above; made if it is absent.
+    model: the model.
+    variables: its weights.
+    canvases: (H, W) of the images, pixels; two functions for each.
+    max_proposals: P.
+    max_superpixels: S.
+    mil_share: see `inference.make_score_step`.
+    description: what model.json is to tell beside the arguments.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  flat = flax.traverse_util.flatten_dict(jax.device_get(variables), sep="/")
+  weights = {
+    name: np.asarray(value)
+    for name, value in flat.items()
+    if not name.startswith("params/tag_head/")  # of the warm-up alone
+  }
+  safetensors.numpy.save_file(weights, folder / "weights.safetensors")
+  score = make_score_step(model, mil_share=mil_share)
+
+  def score_inputs(weights, inputs):
+    found = score(_nested(weights), _batch(inputs))
+    return {k: v for k, v in vars(found).items() if v is not None}
+
+  signatures = {}
+  for canvas in canvases:
+    inputs = _input_shapes(canvas, max_proposals, max_superpixels)
+    exported = _export(score_inputs, _shapes(weights), inputs)
+    name = f"score-{canvas[0]}x{canvas[1]}"
+    (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
+    signatures[name] = _signature(inputs)
+    if model.instance is None:
+      continue
+    outputs = jax.eval_shape(score_inputs, _shapes(weights), inputs)
+    b, n = jax_export.symbolic_shape("b, n", scope=_scope(inputs))
+    boxes = {
+      "features": outputs["features"],
+      "boxes": jax.ShapeDtypeStruct((b, n, 4), np.float32),
+      "category": jax.ShapeDtypeStruct((b, n), np.int32),
+    }
+    masks = make_mask_step(model)
+    exported = _export(
+      lambda weights, boxes: masks(_nested(weights), **boxes),
+      _shapes(weights),
+      boxes,
+    )
+    name = f"masks-{canvas[0]}x{canvas[1]}"
+    (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
+    signatures[name] = _signature(boxes)
+  (folder / "model.json").write_text(
+    json.dumps(
+      {"format": FORMAT, "functions": signatures} | description, indent=1
+    )
+  )
+
+
+def load_exported(folder: pathlib.Path) -> Steps:
+  """The steps of `predict` from the files of `export_model`.
+
+  Raises:
+    InputError: the files are absent or damaged.
+  """
+  try:
+    content = json.loads((folder / "model.json").read_text())
+    weights = safetensors.numpy.load_file(folder / "weights.safetensors")
+    functions = {
+      name: jax_export.deserialize(
+        bytearray((folder / f"{name}.stablehlo").read_bytes())
+      ).call
+      for name in content["functions"]
+    }
+  except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+    raise InputError(
+      f"{folder}: holds no exported model ({error}); run --mode=export"
+    ) from error
+  weights = jax.device_put(weights)
+  canvas_of = {}  # by the size of the features, which tells the canvas
+
+  def score(batch: Batch) -> Scores:
+    height, width = batch.superpixels.shape[1:]
+    inputs = {name: getattr(batch, name) for name in INPUTS}
+    found = functions[f"score-{height}x{width}"](weights, inputs)
+    canvas_of[found["features"].shape[1:3]] = f"{height}x{width}"
+    return Scores(**{"semantic": None} | found)
+
+  def masks(features, boxes, category):
+    function = functions[f"masks-{canvas_of[features.shape[1:3]]}"]
+    inputs = {"features": features, "boxes": boxes, "category": category}
+    return function(weights, inputs)
+
+  has_masks = any(name.startswith("masks-") for name in functions)
+  return Steps(score, masks if has_masks else None)
+
+
+def _export(function, *args) -> jax_export.Exported:
+  return jax_export.export(jax.jit(function), platforms=PLATFORMS)(*args)
+
+
+def _input_shapes(canvas, P, S) -> dict[str, jax.ShapeDtypeStruct]:
+  (b,) = jax_export.symbolic_shape("b")
+  return {
+    "images": jax.ShapeDtypeStruct((b, *canvas, 3), np.uint8),
+    "superpixels": jax.ShapeDtypeStruct((b, *canvas), np.int16),
+    "member_bits": jax.ShapeDtypeStruct((b, S, -(-P // 8)), np.uint8),
+    "boxes": jax.ShapeDtypeStruct((b, P, 4), np.float32),
+    "valid": jax.ShapeDtypeStruct((b, P), np.bool_),
+  }
+
+
+def _scope(inputs):
+  """Where the symbol b of the inputs belongs to."""
+  return inputs["images"].shape[0].scope
+
+
+def _shapes(weights):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
+
+
+def _signature(inputs) -> dict[str, Any]:
+  """Shape and dtype of each argument; a letter stands for any number."""
+  return {
+    name: {
+      "shape": [d if isinstance(d, int) else str(d) for d in x.shape],
+      "dtype": np.dtype(x.dtype).name,
+    }
+    for name, x in inputs.items()
+  }
+
+
+def _nested(weights):
+  return flax.traverse_util.unflatten_dict(weights, sep="/")
+
+
+def _batch(inputs) -> Batch:
+  """A batch of the inputs; what the inference does not read is empty."""
+  b = inputs["images"].shape[0]
+  return Batch(
+    **inputs,
+    image_index=None,
+    features=None,
+    colour=None,
+    size=None,
+    flip=None,
+    window=None,
+    tags=jnp.zeros((b, 0)),
+  )
