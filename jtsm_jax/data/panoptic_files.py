@@ -69,6 +69,9 @@ class PanopticFiles(Mapping[str | int, PanopticMap]):
   def __getitem__(self, image: str | int) -> PanopticMap:
     return _read_map(**self._entries[image])
 
+  def __contains__(self, image: object) -> bool:
+    return image in self._entries  # Mapping's own would read the map
+
   def __iter__(self) -> Iterator[str | int]:
     return iter(self._entries)
 
