@@ -137,7 +137,7 @@ def test_results_are_known_by_image_id_without_a_list_of_images(tmp_path):
   assert 2 not in maps
   data["annotations"][1]["image_id"] = 1
   path.write_text(json.dumps(data))
-  with pytest.raises(InputError, match="image_id 1 .*twice"):
+  with pytest.raises(InputError, match=r"image_id 1 .*twice"):
     read(path, tmp_path / "p", CATEGORIES)
   with pytest.raises(InputError, match="nowhere: no such folder"):
     read(path, tmp_path / "nowhere", CATEGORIES)
