@@ -27,6 +27,7 @@ from pycocotools import mask as mask_utils
 
 from jtsm_jax.data.panoptic_files import (
   check_categories,
+  json_categories,
   json_field,
   json_images,
   json_key,
@@ -462,7 +463,7 @@ def _read_set(
   """Classes and tagged images of a set; what else the JSON holds is let go."""
   content = read_json(json_file)
   entries = json_images(json_file, content)
-  categories = _categories(json_file, content, kind)
+  categories = json_categories(json_file, content, kind)
   index_of = {c.id: i for i, c in enumerate(categories.items)}
   tags: dict[Any, set[int]] = {id_: set() for id_ in entries}
   annotations = json_field(
@@ -499,29 +500,6 @@ def _read_set(
       " entries"
     )
   return categories, images
-
-
-def _categories(json_file: Path, content: Any, kind: str) -> Categories:
-  """The JSON's own classes; those of instances are all things."""
-  entries = json_field(content, "categories", json_file, "the JSON", kind=list)
-  seen: set[int | str] = set()
-  for entry in entries:
-    id_ = json_field(entry, "id", json_file, "a category", kind=int)
-    what = f"category {id_}"
-    name = json_field(entry, "name", json_file, what, kind=str)
-    if kind == "panoptic":
-      json_field(entry, "isthing", json_file, what, kind=int)
-    if id_ in seen or name in seen:
-      raise InputError(
-        f"{json_file}: the id or the name of {what}, {name!r}, occurs twice in"
-        " 'categories'; each needs its own"
-      )
-    seen |= {id_, name}
-  if not entries:
-    raise InputError(f"{json_file}: 'categories' is empty; list the classes")
-  if kind == "instances":
-    entries = [entry | {"isthing": 1} for entry in entries]
-  return Categories.from_list(entries)
 
 
 def _val_records(

@@ -121,6 +121,28 @@ def test_files_round_trip(tmp_path):
   assert not list(tmp_path.glob("*.partial"))
 
 
+def test_results_are_known_by_image_id_without_a_list_of_images(tmp_path):
+  write(tmp_path)
+  path = tmp_path / "p.json"
+  data = json.loads(path.read_text())
+  path.write_text(json.dumps({"annotations": data["annotations"]}))
+  read = panoptic_files.read_panoptic_results
+  maps = read(path, tmp_path / "p", CATEGORIES)
+  assert list(maps) == [1, "two"]
+  np.testing.assert_array_equal(maps[1].ids, IDS)
+  assert maps[1].segments == MAP.segments
+  assert list(maps.part(["two"])) == ["two"]
+  (tmp_path / "p/sub/a.png").unlink()
+  assert 1 in maps  # which reads no map
+  assert 2 not in maps
+  data["annotations"][1]["image_id"] = 1
+  path.write_text(json.dumps(data))
+  with pytest.raises(InputError, match=r"image_id 1 .*twice"):
+    read(path, tmp_path / "p", CATEGORIES)
+  with pytest.raises(InputError, match="nowhere: no such folder"):
+    read(path, tmp_path / "nowhere", CATEGORIES)
+
+
 def test_two_images_with_one_png_are_refused(tmp_path):
   with pytest.raises(ValueError, match=r"a\.png"):
     panoptic_files.write_panoptic(
