@@ -1,4 +1,4 @@
-"""The modes of main.py: prepare, audit, propose, train, evaluate, predict.
+"""The modes of main.py, from preparing the data to exporting the model.
 
 Each function does one mode and nothing that is already done. This is where the
 configuration is read and handed on as plain arguments.
@@ -54,6 +54,7 @@ from jtsm_jax.proposals import store as stores
 from jtsm_jax.proposals.fill_store import Maker, fill_store, generator
 from jtsm_jax.proposals.generate import ProposalSettings, preset_settings
 from jtsm_jax.reporting import proposal_quality, stages
+from jtsm_jax.reporting.export import export_model
 from jtsm_jax.reporting.predictions import collect, write_prediction
 from jtsm_jax.reporting.visualize import overlay_panoptic, write_image
 from jtsm_jax.train import build, checkpoints
@@ -115,14 +116,14 @@ def run(
     config: see configs/base.py.
     workdir: folder of the run; made if absent.
     mode: "all", "prepare", "audit", "verify", "propose", "proposal_quality",
-      "train", "evaluate" or "predict".
+      "train", "evaluate", "predict" or "export".
     images: folder of images, for "predict".
     shard, num_shards: which part of the images, for "prepare" and "propose".
 
   Raises:
     InputError: a path, a file or a field of the configuration is at fault.
   """
-  if mode in ("evaluate", "predict") and not _is_trained(workdir):
+  if mode in ("evaluate", "predict", "export") and not _is_trained(workdir):
     raise InputError(
       f"{workdir / 'checkpoints'}: there are no checkpoints; train first "
       "(--mode=train), or check --workdir"
@@ -131,6 +132,8 @@ def run(
   claim_workdir(workdir, config)
   if mode == "predict":
     return predict_folder(config, workdir, images)
+  if mode == "export":
+    return export(config, workdir)
   if mode == "prepare":
     data = prepare(config, workdir, shard=shard, num_shards=num_shards)
     if data is not None:
@@ -666,17 +669,7 @@ def predict_folder(
   path = output / "proposals" / maker.key
   _fill(config, source, path, maker)
   store = stores.open_store(path)
-  model = build.build_model(config, categories)
-  step, variables = checkpoints.restore_variables(workdir / "checkpoints")
-  variables = jax.device_put(variables)  # once, not with every batch
-  if config.evaluation.calibrate:
-    calibration = load_calibration(
-      workdir / "calibration.json",
-      categories,
-      made_with=_made_with(config, step),
-    )
-  else:
-    calibration = ClassCalibration.neutral(len(categories))
+  model, variables, calibration = _trained(config, workdir, categories)
   predictions = predict(
     _steps(config, model, variables),
     source,
@@ -701,3 +694,44 @@ def predict_folder(
   )
   print(f"panoptic   {output / 'panoptic.json'} and {output / 'panoptic'}")
   print(f"overlays   {output / 'overlays'}")
+
+
+def export(config: Config, workdir: pathlib.Path) -> None:
+  """Writes the trained model as files that jax and numpy alone can run."""
+  directory = prepared_directory(config, workdir)
+  categories = prepared.open_prepared(directory).categories
+  model, variables, calibration = _trained(config, workdir, categories)
+  settings = prediction_settings(config)
+  output = workdir / "export"
+  export_model(
+    output,
+    model,
+    variables,
+    canvases=settings.canvases,
+    max_proposals=settings.max_proposals,
+    max_superpixels=settings.max_superpixels,
+    mil_share=config.evaluation.mil_share,
+    description={
+      "classes": categories.to_list(),
+      "calibration": {
+        name: values.tolist() for name, values in vars(calibration).items()
+      },
+      "settings": dataclasses.asdict(settings),
+    },
+  )
+  print(f"model      {output} (docs/export.md tells how to run it)")
+
+
+def _trained(config, workdir, categories):
+  """The model, its last weights and its calibration."""
+  model = build.build_model(config, categories)
+  step, variables = checkpoints.restore_variables(workdir / "checkpoints")
+  variables = jax.device_put(variables)  # once, not with every batch
+  calibration = ClassCalibration.neutral(len(categories))
+  if config.evaluation.calibrate:
+    calibration = load_calibration(
+      workdir / "calibration.json",
+      categories,
+      made_with=_made_with(config, step),
+    )
+  return model, variables, calibration

@@ -70,41 +70,37 @@ def export_model(
   }
   safetensors.numpy.save_file(weights, folder / "weights.safetensors")
   score = make_score_step(model, mil_share=mil_share)
+  masks = make_mask_step(model) if model.instance is not None else None
 
-  def score_inputs(weights, inputs):
+  def score_images(weights, inputs):
     found = score(_nested(weights), _batch(inputs))
     return {k: v for k, v in vars(found).items() if v is not None}
 
+  def mask_boxes(weights, inputs):
+    return masks(_nested(weights), **inputs)
+
+  weights = jax.tree.map(_shape, weights)
   signatures = {}
-  for canvas in canvases:
-    inputs = _input_shapes(canvas, max_proposals, max_superpixels)
-    exported = _export(score_inputs, _shapes(weights), inputs)
-    name = f"score-{canvas[0]}x{canvas[1]}"
-    (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
+
+  def write(name, function, inputs):
+    exported = jax_export.export(jax.jit(function), platforms=PLATFORMS)
+    data = exported(weights, inputs).serialize()
+    (folder / f"{name}.stablehlo").write_bytes(data)
     signatures[name] = _signature(inputs)
-    if model.instance is None:
-      continue
-    outputs = jax.eval_shape(score_inputs, _shapes(weights), inputs)
-    b, n = jax_export.symbolic_shape("b, n", scope=_scope(inputs))
-    boxes = {
-      "features": outputs["features"],
-      "boxes": jax.ShapeDtypeStruct((b, n, 4), np.float32),
-      "category": jax.ShapeDtypeStruct((b, n), np.int32),
-    }
-    masks = make_mask_step(model)
-    exported = _export(
-      lambda weights, boxes: masks(_nested(weights), **boxes),
-      _shapes(weights),
-      boxes,
-    )
-    name = f"masks-{canvas[0]}x{canvas[1]}"
-    (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
-    signatures[name] = _signature(boxes)
-  (folder / "model.json").write_text(
-    json.dumps(
-      {"format": FORMAT, "functions": signatures} | description, indent=1
-    )
-  )
+
+  for height, width in canvases:
+    b, n = jax_export.symbolic_shape("b, n")
+    images = _input_shapes(b, height, width, max_proposals, max_superpixels)
+    write(f"score-{height}x{width}", score_images, images)
+    if masks is not None:
+      boxes = {
+        "features": jax.eval_shape(score_images, weights, images)["features"],
+        "boxes": jax.ShapeDtypeStruct((b, n, 4), np.float32),
+        "category": jax.ShapeDtypeStruct((b, n), np.int32),
+      }
+      write(f"masks-{height}x{width}", mask_boxes, boxes)
+  content = {"format": FORMAT, "functions": signatures} | description
+  (folder / "model.json").write_text(json.dumps(content, indent=1))
 
 
 def load_exported(folder: pathlib.Path) -> Steps:
@@ -145,28 +141,18 @@ def load_exported(folder: pathlib.Path) -> Steps:
   return Steps(score, masks if has_masks else None)
 
 
-def _export(function, *args) -> jax_export.Exported:
-  return jax_export.export(jax.jit(function), platforms=PLATFORMS)(*args)
-
-
-def _input_shapes(canvas, P, S) -> dict[str, jax.ShapeDtypeStruct]:
-  (b,) = jax_export.symbolic_shape("b")
+def _input_shapes(b, height, width, P, S) -> dict[str, jax.ShapeDtypeStruct]:
   return {
-    "images": jax.ShapeDtypeStruct((b, *canvas, 3), np.uint8),
-    "superpixels": jax.ShapeDtypeStruct((b, *canvas), np.int16),
+    "images": jax.ShapeDtypeStruct((b, height, width, 3), np.uint8),
+    "superpixels": jax.ShapeDtypeStruct((b, height, width), np.int16),
     "member_bits": jax.ShapeDtypeStruct((b, S, -(-P // 8)), np.uint8),
     "boxes": jax.ShapeDtypeStruct((b, P, 4), np.float32),
     "valid": jax.ShapeDtypeStruct((b, P), np.bool_),
   }
 
 
-def _scope(inputs):
-  """Where the symbol b of the inputs belongs to."""
-  return inputs["images"].shape[0].scope
-
-
-def _shapes(weights):
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
+def _shape(x) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _signature(inputs) -> dict[str, Any]:
