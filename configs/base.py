@@ -14,6 +14,9 @@ def get_config() -> ml_collections.ConfigDict:
   """The paper's VOC 2012 setting, without a data set."""
   c = ml_collections.ConfigDict()
   c.seed = 0
+  # "panoptic"; "instance": things alone, without the semantic branch;
+  # "detection": things alone, mining without branches.
+  c.task = "panoptic"
 
   # Data. Sizes are (height, width) in pixels, multiples of the stride.
   c.data = ml_collections.ConfigDict()
@@ -183,11 +186,13 @@ def get_config() -> ml_collections.ConfigDict:
     for canvas in ((short, long), (long, short))
   )
   c.evaluation.flip = True  # average over mirror images, too
+  c.evaluation.voc_metric = "area"  # of boxes; "11point" for VOC 2007
   c.evaluation.calibrate = False  # class thresholds from the training tags
   c.evaluation.mil_share = 0.0  # of S^MIL in the average of the heads
   c.evaluation.mask_share = 1.0  # of the instance branch, against proposals
   c.evaluation.semantic_share = 1.0  # of the semantic branch, against votes
   c.evaluation.nms_iou = 0.5
+  c.evaluation.nms_kind = "masks"  # whose IoU it is; "boxes" for detection
   c.evaluation.max_detections = 100
   c.evaluation.area_exponent = 0.0
   c.evaluation.instance_score = 0.5

@@ -29,6 +29,7 @@ from jtsm_jax.data.pipeline import with_fallback
 from jtsm_jax.data.prepare import prepare as write_prepared
 from jtsm_jax.data.prepared import PreparedData
 from jtsm_jax.data.source import Source
+from jtsm_jax.data.things import things_only
 from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.data.verify import verify
 from jtsm_jax.evaluation.class_calibration import (
@@ -36,19 +37,24 @@ from jtsm_jax.evaluation.class_calibration import (
   load_calibration,
   save_calibration,
 )
-from jtsm_jax.evaluation.evaluate import evaluate, write_metrics
+from jtsm_jax.evaluation.evaluate import (
+  evaluate,
+  has_truth,
+  localisation,
+  write_metrics,
+)
 from jtsm_jax.evaluation.fusion import FusionSettings
 from jtsm_jax.evaluation.inference import (
   DetectionSettings,
   Steps,
   make_steps,
 )
-from jtsm_jax.evaluation.panoptic_quality import format_table
 from jtsm_jax.evaluation.predict import (
   PredictionSettings,
   learn_calibration,
   predict,
 )
+from jtsm_jax.evaluation.tables import final_table, main_measures
 from jtsm_jax.proposals import importers, quality
 from jtsm_jax.proposals import store as stores
 from jtsm_jax.proposals.fill_store import Maker, fill_store, generator
@@ -80,6 +86,7 @@ FREE_FIELDS = (
 """Fields that may change between two runs in one workdir."""
 
 DATA_FIELDS = (
+  "task",
   "data.name",
   "data.root",
   "data.year",
@@ -239,8 +246,9 @@ def prepare(
   """
   directory = prepared_directory(config, workdir)
   if not prepared.is_prepared(directory):
+    source = data_source(config)
     is_complete = write_prepared(
-      data_source(config),
+      source if config.task == "panoptic" else things_only(source),
       directory,
       max_bad_fraction=config.data.max_bad_fraction,
       shard=shard,
@@ -400,7 +408,7 @@ def report_proposals(
   Raises:
     InputError: no validation image has ground truth.
   """
-  if not _has_targets(data):
+  if "val" not in data.splits or not data.splits["val"].has_targets:
     raise InputError(
       f"the data set {data.name!r} has no validation images with ground truth;"
       " the quality of proposals cannot be measured"
@@ -461,6 +469,7 @@ def prediction_settings(config: Config) -> PredictionSettings:
     semantic_share=e.semantic_share,
     detection=DetectionSettings(
       nms_iou=e.nms_iou,
+      nms_kind=e.nms_kind,
       max_detections=e.max_detections,
       area_exponent=e.area_exponent,
     ),
@@ -488,21 +497,18 @@ def run_training(
       _predictions(*args, calibration),
       data.splits["val"],
       data.categories,
+      task=config.task,
+      voc_metric=config.evaluation.voc_metric,
     )
-    say(format_table(result))
-    return {
-      "pq": result["all"]["pq"],
-      "pq_things": result["things"]["pq"],
-      "pq_stuff": result["stuff"]["pq"],
-      "miou": result["semantic"]["miou"],
-    }
+    say(final_table(result))
+    return main_measures(result)
 
   train(
     config,
     workdir,
     data=data,
     store=store,
-    evaluate=evaluate_state if _has_targets(data) else None,
+    evaluate=evaluate_state if _has_truth(config, data) else None,
     show_mined=functools.partial(
       _draw_mined, workdir / "mining", data, with_fallback(store)
     ),
@@ -548,8 +554,10 @@ def _calibrate(
   )
 
 
-def _predictions(config, workdir, model, variables, data, store, calibration):
-  source = data.splits["val"]
+def _predictions(
+  config, workdir, model, variables, data, store, calibration, *, split="val"
+):
+  source = data.splits[split]
   return predict(
     _steps(config, model, variables),
     source,
@@ -558,9 +566,9 @@ def _predictions(config, workdir, model, variables, data, store, calibration):
     num_things=data.categories.num_things,
     settings=prediction_settings(config),
     cache=build.open_feature_cache(
-      config, workdir, model, variables, source, split="val"
+      config, workdir, model, variables, source, split=split
     ),
-    description="evaluate",
+    description="evaluate" if split == "val" else split,
   )
 
 
@@ -583,7 +591,7 @@ def run_evaluation(
     data.categories,
     made_with=_made_with(config, step),
   )
-  if not _has_targets(data):
+  if not _has_truth(config, data):
     print("evaluate: there is no ground truth of validation images to compare")
     _print_next(workdir)
     return
@@ -621,14 +629,23 @@ def run_evaluation(
     _predictions(*args, calibration),
     source,
     data.categories,
+    task=config.task,
+    voc_metric=config.evaluation.voc_metric,
     on_prediction=keep,
   )
   collect(folder_ / "predictions", predicted, data.categories)
+  corloc = None
+  if config.task == "detection" and "corloc" in data.splits:
+    corloc = localisation(
+      _predictions(*args, calibration, split="corloc"),
+      data.splits["corloc"],
+      data.categories,
+    )
+    result["corloc"] = corloc
   write_metrics(
     folder_ / "metrics.json", {"step": step, "split": "val"} | result
   )
-  print(format_table(result))
-  print(f"mIoU {result['semantic']['miou']:.1f}")
+  print(final_table(result, corloc))
   print(f"\nfigures    {folder_ / 'metrics.json'}")
   print(f"predicted  {folder_ / 'predictions'}")
   print(f"pictures   {folder_ / 'overlays'}")
@@ -644,8 +661,10 @@ def _made_with(config: Config, step: int) -> dict[str, Any]:
   return json.loads(json.dumps(values))
 
 
-def _has_targets(data: PreparedData) -> bool:
-  return "val" in data.splits and data.splits["val"].has_targets
+def _has_truth(config: Config, data: PreparedData) -> bool:
+  return "val" in data.splits and has_truth(
+    data.splits["val"], task=config.task
+  )
 
 
 def _print_next(workdir: pathlib.Path) -> None:

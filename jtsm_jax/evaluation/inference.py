@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jtsm_jax.evaluation.voc_detection import box_iou
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.types import Array, Batch, Detections, Proposals
 
@@ -40,7 +41,8 @@ class DetectionSettings:
   """How proposals become detections.
 
   Attributes:
-    nms_iou: class-wise suppression threshold on the masks' IoU.
+    nms_iou: class-wise suppression threshold on the IoU.
+    nms_kind: whose IoU it is: of "masks" or of "boxes".
     max_detections: kept per image.
     min_score: lower scores are dropped before the suppression.
     area_exponent: the ranking multiplies scores by the proposal's share of the
@@ -48,6 +50,7 @@ class DetectionSettings:
   """
 
   nms_iou: float = 0.5
+  nms_kind: str = "masks"
   max_detections: int = 100
   min_score: float = 1e-3
   area_exponent: float = 0.0
@@ -167,9 +170,14 @@ def detect(
       best = order[0]
       kept.append((ranking[best, category], best, category))
       survivors += 1
-      intersection = members[order] @ (members[best] * areas)
-      union = size[order] + size[best] - intersection
-      apart = intersection <= settings.nms_iou * union
+      if settings.nms_kind == "boxes":
+        boxes = proposals.boxes
+        overlap = box_iou(boxes[order], boxes[[best]])[:, 0]
+        apart = overlap <= settings.nms_iou
+      else:
+        intersection = members[order] @ (members[best] * areas)
+        union = size[order] + size[best] - intersection
+        apart = intersection <= settings.nms_iou * union
       order = order[1:][apart[1:]]
   kept.sort(key=lambda k: -k[0])
   kept = kept[: settings.max_detections]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import pathlib
 from typing import Any
 
@@ -46,6 +47,7 @@ STAGES = {
 STRIDES = {"resnet_ws": (8, 16), "efficientnet_lite0": (8, 16, 32)}
 
 CHOICES = {
+  "task": ("panoptic", "instance", "detection"),
   "backbone.name": tuple(STAGES),
   "backbone.depth": tuple(resnet_ws.BLOCKS),
   "backbone.norm": ("frozen", "batch", "group"),
@@ -57,6 +59,8 @@ CHOICES = {
   "losses.mil_reduction": ("sum", "mean"),
   "losses.refinement_reduction": ("mean", "sum"),
   "train.optimizer": ("sgd", "adamw"),
+  "evaluation.nms_kind": ("masks", "boxes"),
+  "evaluation.voc_metric": ("area", "11point"),
 }
 """The values of the fields that choose one of a few."""
 
@@ -68,10 +72,10 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
     InputError: a field is at fault; says which values it may have.
   """
   for field, choices in CHOICES.items():
-    group, name = field.split(".")
-    if config[group][name] not in choices:
+    value = operator.attrgetter(field)(config)
+    if value not in choices:
       raise InputError(
-        f"config.{field} is {config[group][name]!r}; wanted one of "
+        f"config.{field} is {value!r}; wanted one of "
         + ", ".join(map(repr, choices))
       )
   b = config.backbone
@@ -169,12 +173,12 @@ def build_model(
       num_convs=config.instance.num_convs,
       stride=b.stride,
     )
-    if config.instance.enabled and num_things
+    if config.instance.enabled and num_things and config.task != "detection"
     else None,
     semantic=SemanticBranch(
       num_stuff=num_stuff, channels=config.semantic.channels
     )
-    if config.semantic.enabled and num_stuff
+    if config.semantic.enabled and num_stuff and config.task == "panoptic"
     else None,
   )
 

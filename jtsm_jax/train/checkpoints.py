@@ -22,7 +22,7 @@ from jtsm_jax.types import InputError
 def open_checkpoints(
   directory: pathlib.Path, *, keep_last: int = 2
 ) -> ocp.CheckpointManager:
-  """The checkpoints of a run: the last ones and the one with the best PQ."""
+  """The checkpoints of a run: the last ones and the best one."""
   return ocp.CheckpointManager(
     directory.absolute(),
     options=ocp.CheckpointManagerOptions(
@@ -30,7 +30,7 @@ def open_checkpoints(
         [
           policies.LatestN(keep_last),
           policies.BestN(
-            get_metric_fn=lambda metrics: metrics["pq"],
+            get_metric_fn=lambda metrics: metrics["score"],
             n=1,
             keep_checkpoints_without_metrics=False,
           ),
@@ -47,7 +47,7 @@ def save(
   in_flight: list[Any],
   iterator: Any,
   *,
-  metrics: dict[str, float] | None = None,
+  score: float | None = None,
 ) -> None:
   """Saves in the background; the write is atomic.
 
@@ -56,13 +56,14 @@ def save(
     state: after `state.step` updates.
     in_flight: mined segments whose masks have not been learnt from yet.
     iterator: the grain iterator of the training batches.
-    metrics: {"pq": ...} when this state was evaluated.
+    score: the higher the better, when this state was evaluated.
   """
   items = {
     "state": ocp.args.StandardSave(state),
     "in_flight": ocp.args.StandardSave(_in_flight_tree(in_flight)),
     "data": grain.checkpoint.CheckpointSave(iterator),
   }
+  metrics = None if score is None else {"score": score}
   if metrics is not None:
     # Orbax writes `metrics` only with `best_fn`, and then asks for them in
     # every save. Without this file a resumed run forgets which one is best.

@@ -51,7 +51,7 @@ def train(
     data: the split "train" is read.
     store: proposals of its images.
     evaluate: called every `config.train.evaluate_every` steps; returns metrics,
-      of which "pq" decides the best checkpoint.
+      whose first one decides the best checkpoint.
     show_mined: called in the last step with a batch, its mined segments and,
       with branches, the futures of their masks.
 
@@ -282,7 +282,7 @@ def train(
         state,
         [mined for _, mined, _ in in_flight],
         batches,
-        metrics=evaluated,
+        score=evaluated and next(iter(evaluated.values())),
       )
   bar.close()
   reestimator.close()

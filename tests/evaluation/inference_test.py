@@ -55,6 +55,16 @@ def test_suppression_by_mask_iou_class_by_class():
   assert kept == [(0, 0), (1, 0), (1, 1), (2, 0), (0, 1)]
 
 
+def test_suppression_by_box_iou():
+  # Boxes of columns 3-6, 1-6, 3-10, 0-6: IoU of 0 with 1 is 3/5, with 2 3/7,
+  # with 3 3/6; of 2 with 3 it is 3/10, though they share more than half of 3.
+  scores = [[0.9], [0.0], [0.5], [0.4]]
+  assert _detect(scores, nms_kind="boxes")[1] == [(0, 0), (2, 0), (3, 0)]
+  kept = _detect(scores, nms_kind="boxes", nms_iou=0.45)[1]
+  assert kept == [(0, 0), (2, 0)]
+  assert _detect(scores)[1] == [(0, 0), (2, 0)]
+
+
 def test_what_is_suppressed_suppresses_nobody():
   # 1 falls to 0 (0.6 > 0.4); 2 overlaps 1 by 1/3 and 0 by 3/7.
   scores = [[0.9], [0.8], [0.7], [0.0]]

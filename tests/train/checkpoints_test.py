@@ -38,12 +38,12 @@ def _iterator():
   return iter(grain.MapDataset.range(100).to_iter_dataset())
 
 
-def _save(manager, step, *, in_flight=(), metrics=None):
+def _save(manager, step, *, in_flight=(), score=None):
   iterator = _iterator()
   for _ in range(step):
     next(iterator)
   checkpoints.save(
-    manager, _state(step), list(in_flight), iterator, metrics=metrics
+    manager, _state(step), list(in_flight), iterator, score=score
   )
   manager.wait_until_finished()
 
@@ -153,12 +153,12 @@ def test_no_checkpoints_is_an_input_error(tmp_path):
 def test_the_last_two_and_the_best_are_kept(tmp_path):
   with checkpoints.open_checkpoints(tmp_path) as manager:
     for step, pq in ((1, 0.1), (2, 0.5), (3, None), (4, 0.3), (5, None)):
-      _save(manager, step, metrics=pq and {"pq": pq})
+      _save(manager, step, score=pq)
     assert sorted(manager.all_steps()) == [2, 4, 5]
   # Also after a restart: the figure of the best one is on disk.
   with checkpoints.open_checkpoints(tmp_path) as manager:
-    _save(manager, 6, metrics={"pq": 0.4})
-    _save(manager, 7, metrics={"pq": 0.6})
+    _save(manager, 6, score=0.4)
+    _save(manager, 7, score=0.6)
     _save(manager, 8)
     _save(manager, 9)
     assert sorted(manager.all_steps()) == [7, 8, 9]
