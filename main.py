@@ -41,7 +41,9 @@ _MODE = flags.DEFINE_enum(
   "What to do; 'all' does what is missing up to 'evaluate'.",
 )
 _INPUT = flags.DEFINE_string(
-  "input", None, "Folder of images to predict, for --mode=predict."
+  "input",
+  None,
+  "Folder of images to predict, or its URL, for --mode=predict.",
 )
 _SHARD = flags.DEFINE_integer(
   "shard",
@@ -52,6 +54,12 @@ _NUM_SHARDS = flags.DEFINE_integer(
   "num_shards",
   1,
   "For --mode=prepare and propose: into how many parts they are divided.",
+)
+_BEAM = flags.DEFINE_string(
+  "beam",
+  None,
+  "For --mode=prepare and propose: options of an Apache Beam pipeline that does"
+  " all --num_shards parts, such as '--runner=DirectRunner'.",
 )
 
 
@@ -71,6 +79,15 @@ def main(argv: list[str]) -> None:
       f"--shard={_SHARD.value}: wanted 0 .. {_NUM_SHARDS.value - 1}, below"
       " --num_shards"
     )
+  if _BEAM.value and _MODE.value not in ("prepare", "propose"):
+    _fail("--beam is for --mode=prepare and --mode=propose")
+  if _BEAM.value and (_NUM_SHARDS.value == 1 or flags.FLAGS["shard"].present):
+    _fail("--beam does all shards: give --num_shards=N, and no --shard")
+  if "://" in _WORKDIR.value:
+    _fail(
+      f"--workdir={_WORKDIR.value}: must be a folder of this machine; URLs may"
+      " be data.root, data.sbd, data.prepared, proposals.store and --input"
+    )
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax and TFDS tell too much
   sys.stdout.reconfigure(line_buffering=True)  # in order, in a log file too
@@ -83,9 +100,10 @@ def main(argv: list[str]) -> None:
       _CONFIG.value,
       pathlib.Path(_WORKDIR.value),
       mode=_MODE.value,
-      images=pathlib.Path(_INPUT.value) if _INPUT.value else None,
+      images=_INPUT.value,
       shard=_SHARD.value,
       num_shards=_NUM_SHARDS.value,
+      beam=_BEAM.value or "",
     )
   except InputError as error:
     _fail(str(error))

@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import sys
 import tempfile
@@ -110,7 +111,8 @@ def preparation(args, workdir) -> dict[str, float]:
       )
       seconds = time.perf_counter() - start
     rates[name] = len(splits) * len(many) / seconds
-  prepare(source, workdir / "train", overwrite=True)
+  shutil.rmtree(workdir / "train", ignore_errors=True)
+  prepare(source, workdir / "train")
   return rates
 
 

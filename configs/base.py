@@ -23,14 +23,14 @@ def get_config() -> ml_collections.ConfigDict:
   # "folder", "shapes", "voc_panoptic", "voc_detection", "coco_panoptic" or
   # "coco_instances", see docs/data.md.
   c.data.name = "folder"
-  c.data.root = ""  # the folder of the data set's own files
+  c.data.root = ""  # the folder of the data set's own files, or its URL
   c.data.year = "2012"  # of VOC: "2007" or "2012"
   c.data.train_set = ""  # of VOC and COCO; "" for the usual one
   c.data.val_set = ""
   c.data.sbd = ""  # of "voc_panoptic": the folder of SBD, or none
   # Where VOC's masks come from first: "voc", or "sbd" as the authors.
   c.data.annotation_source = "voc"
-  c.data.prepared = ""  # prepared records; default WORKDIR/data
+  c.data.prepared = ""  # prepared records, or a URL; default WORKDIR/data
   c.data.max_bad_fraction = 0.01  # unreadable images before the run aborts
   c.data.shapes = ml_collections.ConfigDict()  # of "shapes": the generator
   c.data.shapes.seed = 0
@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   # Segment proposals.
   c.proposals = ml_collections.ConfigDict()
-  c.proposals.store = ""  # default WORKDIR/proposals
+  c.proposals.store = ""  # or a URL; default WORKDIR/proposals
   # Proposals from elsewhere instead: a folder of MCG or COB .mat files, or a
   # JSON file of masks in COCO's result format (docs/proposals.md).
   c.proposals.source = ""

@@ -21,12 +21,20 @@ import ml_collections
 import numpy as np
 from absl import logging
 
+from jtsm_jax.beam import run_shards
 from jtsm_jax.console import say
 from jtsm_jax.data import coco, folder, prepared, shapes, voc
+from jtsm_jax.data import prepare as preparation
 from jtsm_jax.data.audit import audit, audit_table, class_table
+from jtsm_jax.data.files import (
+  AnyPath,
+  PathOrUrl,
+  data_path,
+  folder_name,
+  is_local,
+)
 from jtsm_jax.data.panoptic_files import write_panoptic
 from jtsm_jax.data.pipeline import with_fallback
-from jtsm_jax.data.prepare import prepare as write_prepared
 from jtsm_jax.data.prepared import PreparedData
 from jtsm_jax.data.source import Source
 from jtsm_jax.data.things import things_only
@@ -98,6 +106,8 @@ DATA_FIELDS = (
 )
 """Fields that the prepared data depend on."""
 
+_SHARED = "it must be a folder that all machines share, or a bucket's URL"
+
 DATA_SETS = (
   "shapes",
   "folder",
@@ -113,9 +123,10 @@ def run(
   workdir: pathlib.Path,
   *,
   mode: str,
-  images: pathlib.Path | None = None,
+  images: PathOrUrl | None = None,
   shard: int = 0,
   num_shards: int = 1,
+  beam: str = "",
 ) -> None:
   """Runs a mode of main.py.
 
@@ -124,8 +135,9 @@ def run(
     workdir: folder of the run; made if absent.
     mode: "all", "prepare", "audit", "verify", "propose", "proposal_quality",
       "train", "evaluate", "predict" or "export".
-    images: folder of images, for "predict".
+    images: folder of images or its URL, for "predict".
     shard, num_shards: which part of the images, for "prepare" and "propose".
+    beam: options of an Apache Beam pipeline that does all parts; "" for none.
 
   Raises:
     InputError: a path, a file or a field of the configuration is at fault.
@@ -141,8 +153,9 @@ def run(
     return predict_folder(config, workdir, images)
   if mode == "export":
     return export(config, workdir)
+  shards = dict(shard=shard, num_shards=num_shards, beam=beam)
   if mode == "prepare":
-    data = prepare(config, workdir, shard=shard, num_shards=num_shards)
+    data = prepare(config, workdir, **shards)
     if data is not None:
       print(class_table(data))
     return None
@@ -150,13 +163,21 @@ def run(
     return audit_data(config, workdir)
   if mode == "verify":
     return verify_data(config, workdir)
-  data = prepare(config, workdir)
+  if mode == "propose" and beam:
+    data = prepare(config, workdir, num_shards=num_shards, beam=beam)
+  else:
+    data = prepare(config, workdir)
   if mode == "proposal_quality":
     return report_proposals(config, workdir, data)
-  store = propose(config, workdir, data, shard=shard, num_shards=num_shards)
   if mode == "propose":
-    print(f"proposals  {store.path} ({len(store)} images)")
+    path = fill_proposals(config, workdir, data, **shards)
+    # To count those in a bucket they would have to be copied.
+    count = (
+      f" ({len(stores.open_store(path))} images)" if is_local(path) else ""
+    )
+    print(f"proposals  {path}{count}")
     return None
+  store = propose(config, workdir, data)
   if mode in ("all", "train"):
     run_training(config, workdir, data, store)
   if mode in ("all", "evaluate"):
@@ -231,7 +252,12 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def prepare(
-  config: Config, workdir: pathlib.Path, *, shard: int = 0, num_shards: int = 1
+  config: Config,
+  workdir: pathlib.Path,
+  *,
+  shard: int = 0,
+  num_shards: int = 1,
+  beam: str = "",
 ) -> PreparedData | None:
   """Prepares the data set unless it is prepared, and opens it.
 
@@ -240,15 +266,19 @@ def prepare(
     workdir: folder of the run.
     shard, num_shards: which part of the data set to prepare. The last one to
       finish completes it.
+    beam: options of a pipeline that prepares all parts; "" for none.
 
   Returns:
     The data, or None while other shards are missing.
   """
   directory = prepared_directory(config, workdir)
-  if not prepared.is_prepared(directory):
-    source = data_source(config)
-    is_complete = write_prepared(
-      source if config.task == "panoptic" else things_only(source),
+  if prepared.is_prepared(directory):
+    preparation.remove_leftovers(directory)
+  elif beam:
+    _prepare_with_beam(config, directory, num_shards, beam)
+  else:
+    is_complete = preparation.prepare(
+      data_source(config),
       directory,
       max_bad_fraction=config.data.max_bad_fraction,
       shard=shard,
@@ -261,6 +291,35 @@ def prepare(
   counts = ", ".join(f"{len(s)} {name}" for name, s in data.splits.items())
   print(f"data: {data.name}, {counts} images, {len(data.categories)} classes")
   return data
+
+
+def _prepare_with_beam(config, directory, num_shards, beam) -> None:
+  run_shards(
+    functools.partial(_prepare_shard, config, directory, num_shards),
+    num_shards,
+    beam,
+  )
+  is_complete = preparation.complete(
+    data_source(config),
+    directory,
+    max_bad_fraction=config.data.max_bad_fraction,
+  )
+  if not is_complete:
+    raise InputError(
+      f"{directory}: what the workers of the pipeline have written is not"
+      f" there; {_SHARED}"
+    )
+
+
+def _prepare_shard(config, directory, num_shards, shard) -> None:
+  """Runs in a worker of a pipeline."""
+  preparation.write_shard(
+    data_source(config),
+    directory,
+    max_bad_fraction=config.data.max_bad_fraction,
+    shard=shard,
+    num_shards=num_shards,
+  )
 
 
 def audit_data(config: Config, workdir: pathlib.Path) -> None:
@@ -297,18 +356,22 @@ def verify_data(config: Config, workdir: pathlib.Path) -> None:
   print(f"{directory}: every record is as it was prepared")
 
 
-def prepared_directory(config: Config, workdir: pathlib.Path) -> pathlib.Path:
+def prepared_directory(config: Config, workdir: pathlib.Path) -> AnyPath:
   """Where the prepared data are."""
-  return pathlib.Path(config.data.prepared or workdir / "data")
+  return data_path(config.data.prepared or workdir / "data")
 
 
 def data_source(config: Config) -> Source:
-  """The data set that `config.data` names.
+  """The data set that `config.data` names, with the classes of `config.task`.
 
   Raises:
     InputError: there is none of this name, or its root is not given.
   """
-  c = config.data
+  source = _named_source(config.data)
+  return source if config.task == "panoptic" else things_only(source)
+
+
+def _named_source(c: Config) -> Source:
   if c.name == "shapes":
     return shapes.shapes_source(**c.shapes)
   if c.name not in DATA_SETS:
@@ -344,8 +407,6 @@ def propose(
   data: PreparedData,
   *,
   splits: Sequence[str] | None = None,
-  shard: int = 0,
-  num_shards: int = 1,
 ) -> stores.ProposalStore:
   """Gives proposals to every image that has none, and opens the store.
 
@@ -354,33 +415,85 @@ def propose(
     workdir: folder of the run.
     data: the images.
     splits: of `data`; all of them if None.
-    shard, num_shards: only each `num_shards`-th image, from `shard` on.
   """
-  root = pathlib.Path(config.proposals.store or workdir / "proposals")
+  path = fill_proposals(config, workdir, data, splits=splits)
+  return stores.open_store(path)
+
+
+def fill_proposals(
+  config: Config,
+  workdir: pathlib.Path,
+  data: PreparedData,
+  *,
+  splits: Sequence[str] | None = None,
+  shard: int = 0,
+  num_shards: int = 1,
+  beam: str = "",
+) -> AnyPath:
+  """Gives proposals to images that have none.
+
+  Args:
+    config: see configs/base.py.
+    workdir: folder of the run.
+    data: the images.
+    splits: of `data`; all of them if None.
+    shard, num_shards: which part of the images of each split.
+    beam: options of a pipeline that does all parts; "" for none.
+
+  Returns:
+    Where the store is.
+  """
+  root = data_path(config.proposals.store or workdir / "proposals")
   maker = proposal_maker(config)
   # A store may serve several data sets, whose image ids may be the same.
   path = root / data.fingerprint / maker.key
-  for split in splits or data.splits:
+  splits = tuple(splits or data.splits)
+  if not beam:
+    shards = dict(shard=shard, num_shards=num_shards)
+    for split in splits:
+      _fill(config, data.splits[split], path, maker, **shards)
+    return path
+  directory = prepared_directory(config, workdir)
+  run_shards(
+    functools.partial(
+      _propose_shard, config, directory, path, splits, num_shards
+    ),
+    num_shards,
+    beam,
+  )
+  if not stores.shard_paths(path):
+    raise InputError(
+      f"{path}: what the workers of the pipeline have written is not there;"
+      f" {_SHARED}"
+    )
+  return path
+
+
+def _propose_shard(config, directory, path, splits, num_shards, shard) -> None:
+  """Runs in a worker of a pipeline, which has many for each machine."""
+  data = prepared.open_prepared(directory)
+  maker = proposal_maker(config)
+  for split in splits:
     _fill(
       config,
       data.splits[split],
       path,
       maker,
+      num_workers=0,
       shard=shard,
       num_shards=num_shards,
     )
-  return stores.open_store(path)
 
 
-def _fill(config, source, path, maker, **shards) -> None:
+def _fill(config, source, path, maker, **options) -> None:
+  num_workers = config.proposals.num_workers or None
   fill_store(
     source,
     path,
     maker,
-    num_workers=config.proposals.num_workers or None,
     max_bad_fraction=config.data.max_bad_fraction,
     report=logging.warning,
-    **shards,
+    **{"num_workers": num_workers} | options,
   )
 
 
@@ -677,13 +790,14 @@ def _print_next(workdir: pathlib.Path) -> None:
 
 
 def predict_folder(
-  config: Config, workdir: pathlib.Path, images: pathlib.Path
+  config: Config, workdir: pathlib.Path, images: PathOrUrl
 ) -> None:
   """Predicts a folder of images: COCO panoptic PNG + JSON and overlays."""
   directory = prepared_directory(config, workdir)
   categories = prepared.open_prepared(directory).categories
+  images = data_path(images)
   source = folder.ImageFolder(images, num_classes=len(categories))
-  output = workdir / "predictions" / images.resolve().name
+  output = workdir / "predictions" / folder_name(images.resolve())
   maker = proposal_maker(config)
   path = output / "proposals" / maker.key
   _fill(config, source, path, maker)

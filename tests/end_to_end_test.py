@@ -215,8 +215,28 @@ def test_shards_of_the_proposals(run, fault, tmp_path):
   assert len(stores) == 1
   files = sorted(f.name for f in stores[0].glob("*.array_record"))
   assert {name[:14] for name in files} == {"proposals-0000", "proposals-0001"}
-  assert "--num_shards is for" in fault(
-    tmp_path / "run", "--mode=train", "--num_shards=2"
+
+
+def test_flags_of_shards(fault, tmp_path):
+  for flags, message in {
+    ("--mode=train", "--num_shards=2"): "--num_shards is for",
+    ("--mode=train", "--beam=--runner=X"): "--beam is for",
+    ("--mode=prepare", "--beam=--runner=X"): "give --num_shards=N",
+    ("--mode=prepare", "--num_shards=2", "--beam=x", "--shard=0"): "no --shard",
+  }.items():
+    assert message in fault(tmp_path / "run", *flags)
+  assert "must be a folder of this machine" in fault("gs://bucket/run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_data_at_a_url(run, fault, tmp_path):
+  data = f"--config.data.prepared=file://{tmp_path}/data"
+  run(tmp_path / "run", "--mode=prepare", data)
+  assert (tmp_path / "data" / "prepared.json").is_file()
+  assert not (tmp_path / "run" / "data").exists()
+  run(tmp_path / "run", "--mode=verify", data)
+  assert "no such kind of URL" in fault(
+    tmp_path / "run", "--config.data.prepared=nope://b/data"
   )
 
 

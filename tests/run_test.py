@@ -8,6 +8,7 @@ import pytest
 
 from jtsm_jax import run
 from jtsm_jax.data import prepared
+from jtsm_jax.data.pipeline import inference_batches
 from jtsm_jax.data.prepare import prepare
 from jtsm_jax.data.shapes import shapes_source
 from jtsm_jax.types import InputError
@@ -54,3 +55,23 @@ def test_workdir_is_bound_to_data_that_lie_elsewhere(root, tmp_path):
   # As long as nothing is prepared, nothing is fixed.
   config.data.prepared = str(root / "none")
   run.claim_workdir(tmp_path, config)
+
+
+def test_data_and_proposals_in_a_bucket(root, bucket, tmp_path):
+  """All that training needs of them, with nothing of their own on the disk."""
+  config = _config(bucket, "data")
+  data = run.prepare(config, tmp_path, shard=0, num_shards=1)
+  store = run.propose(config, tmp_path, data)
+  assert not list(tmp_path.glob("data*")) + list(tmp_path.glob("proposals*"))
+  assert len(store) == sum(map(len, data.splits.values()))
+  split = data.splits["train"]
+  canvas, options = (64, 64), {"max_proposals": 32, "max_superpixels": 24}
+  batches = inference_batches(
+    split, store, canvases=(canvas,), batch_size=2, **options
+  )
+  assert sum(batch.valid.any(1).sum() for batch in batches) == len(split) == 12
+  run.audit_data(config, tmp_path)
+  run.verify_data(config, tmp_path)
+  # The raw data are no longer asked for.
+  config.data.name = "folder"
+  assert run.prepare(config, tmp_path).fingerprint == data.fingerprint

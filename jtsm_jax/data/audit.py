@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import io
 import os
+import pathlib
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
+from jtsm_jax.data.files import (
+  AnyPath,
+  PathOrUrl,
+  data_path,
+  fetch,
+  file_names,
+  read_file,
+)
 from jtsm_jax.data.prepared import (
   IMAGES,
   INDEX_FIELDS,
@@ -55,26 +64,29 @@ class Audit:
   faults: list[str]
 
 
-def audit(directory: str | os.PathLike) -> Audit:
+def audit(directory: PathOrUrl) -> Audit:
   """Reads all records of a prepared data set; decodes nothing.
 
   Raises:
     InputError: there is no prepared data set in `directory`.
   """
-  directory = Path(directory)
+  directory = data_path(directory)
   splits = tuple(open_prepared(directory).splits)
   fields: dict = collections.defaultdict(collections.Counter)
   records: dict = collections.Counter()
-  faults = list(_strange_files(directory, splits))
-  for part in PARTS:
-    for path in sorted((directory / part).glob("data-*")):
-      split = _RECORDS.fullmatch(path.name)
-      if split is None:
-        continue  # among the strange files
-      key = (split[1], part)
-      for record in _parsed(path):
-        records[key] += 1
-        fields[key].update(record)
+  faults = []
+  for name in file_names(directory):
+    part, _, file = name.rpartition("/")
+    found = _RECORDS.fullmatch(file)
+    if part in PARTS and found:
+      for record in _parsed(fetch(directory / part / file)):
+        records[found[1], part] += 1
+        fields[found[1], part].update(record)
+    if not _belongs(part, file, splits):
+      # Nobody can say what it holds.
+      faults.append(
+        f"{directory / name} does not belong to a prepared data set"
+      )
   for (split, part), names in fields.items():
     if split == TRAIN and part != IMAGES:
       faults.append(
@@ -127,7 +139,7 @@ def class_table(data: PreparedData) -> str:
   return "\n".join(lines)
 
 
-def _parsed(path: Path) -> Iterator[list[str]]:
+def _parsed(path: pathlib.Path) -> Iterator[list[str]]:
   """The names of the fields that each record of a file holds."""
   reader = array_record_module.ArrayRecordReader(os.fspath(path))
   try:
@@ -144,26 +156,20 @@ def _parsed(path: Path) -> Iterator[list[str]]:
     reader.close()
 
 
-def _strange_files(directory: Path, splits: tuple[str, ...]) -> Iterator[str]:
-  """Files of which it cannot be said what they hold."""
-  known = {INFO, QUARANTINE, *(f"{split}_index.npz" for split in splits)}
-  for path in sorted(directory.rglob("*")):
-    if path.is_dir():
-      continue
-    name = path.relative_to(directory)
-    in_part = len(name.parts) == 2 and name.parts[0] in PARTS
-    records = _RECORDS.fullmatch(path.name)
-    of_tfds = records and records[1] in splits
-    if in_part and (of_tfds or _DESCRIPTIONS.fullmatch(path.name)):
-      continue
-    if name.as_posix() not in known:
-      yield f"{path} does not belong to a prepared data set"
+def _belongs(part: str, file: str, splits: tuple[str, ...]) -> bool:
+  """Whether a file in the folder `part`, or "" for none, may be there."""
+  if part:
+    records = _RECORDS.fullmatch(file)
+    known = records and records[1] in splits
+    return part in PARTS and bool(known or _DESCRIPTIONS.fullmatch(file))
+  return file in {INFO, QUARANTINE, *(f"{s}_index.npz" for s in splits)}
 
 
-def _index_faults(directory: Path, splits: tuple[str, ...]) -> Iterator[str]:
+def _index_faults(directory: AnyPath, splits: tuple[str, ...]) -> Iterator[str]:
   for split in splits:
     path = directory / f"{split}_index.npz"
-    with np.load(path, allow_pickle=False) as index:
+    data = io.BytesIO(read_file(path))
+    with np.load(data, allow_pickle=False) as index:
       extra = sorted(set(index.files) - INDEX_FIELDS)
       rows = [index[f"{part}_rows"] for part in (PANOPTIC, INSTANCES)]
     if extra:

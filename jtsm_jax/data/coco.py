@@ -16,25 +16,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as mask_utils
 
+from jtsm_jax.data.files import (
+  AnyPath,
+  PathOrUrl,
+  data_path,
+  file_lookup,
+  is_file,
+  is_folder,
+  read_file,
+  safe_path,
+)
+from jtsm_jax.data.json_files import json_field, json_key, read_json
 from jtsm_jax.data.panoptic_files import (
   check_categories,
   json_categories,
-  json_field,
   json_images,
-  json_key,
-  read_file,
-  read_json,
   read_panoptic,
-  safe_path,
 )
 from jtsm_jax.data.source import LazyRecords, Source
 from jtsm_jax.data.transforms import MAX_PIXELS
@@ -74,7 +79,7 @@ _PANOPTIC = """\
 
 
 def coco_panoptic_source(
-  root: str | os.PathLike,
+  root: PathOrUrl,
   *,
   train_set: str = "train2017",
   val_set: str = _VAL_SET,
@@ -84,7 +89,7 @@ def coco_panoptic_source(
   The classes are those that the JSON of the training set lists.
 
   Args:
-    root: the folder; its layout is that of the module's docstring.
+    root: the folder or its URL; its layout is that of the module's docstring.
     train_set: whose images are trained on.
     val_set: whose images are measured on; "" for none. The default may be
       absent. With `train_set` the figures say nothing of other images.
@@ -98,11 +103,11 @@ def coco_panoptic_source(
       id of an image or a class is unknown, or two images of a set have the same
       name without the ending.
   """
-  return _source("panoptic", Path(root), train_set, val_set)
+  return _source("panoptic", data_path(root), train_set, val_set)
 
 
 def coco_instances_source(
-  root: str | os.PathLike,
+  root: PathOrUrl,
   *,
   train_set: str = "train2017",
   val_set: str = _VAL_SET,
@@ -110,7 +115,7 @@ def coco_instances_source(
   """COCO with its 80 things.
 
   Args:
-    root: the folder; its layout is that of the module's docstring.
+    root: the folder or its URL; its layout is that of the module's docstring.
     train_set: whose images are trained on.
     val_set: whose images are measured on; as in `coco_panoptic_source`.
 
@@ -122,7 +127,7 @@ def coco_instances_source(
   Raises:
     InputError: as `coco_panoptic_source`, and where `read_instances` raises it.
   """
-  return _source("instances", Path(root), train_set, val_set)
+  return _source("instances", data_path(root), train_set, val_set)
 
 
 class InstanceFile(Mapping[str, Instances]):
@@ -173,7 +178,7 @@ class _Annotated:
 
 
 def read_instances(
-  json_file: str | os.PathLike, categories: Categories
+  json_file: PathOrUrl, categories: Categories
 ) -> InstanceFile:
   """Reads COCO's instance annotations and checks all of them.
 
@@ -193,7 +198,7 @@ def read_instances(
       of another size than its image, or a polygon of fewer than 3 points or far
       outside of the image.
   """
-  json_file = Path(json_file)
+  json_file = data_path(json_file)
   content = read_json(json_file)
   check_categories(json_file, content, categories)
   entries = json_images(json_file, content)
@@ -340,7 +345,7 @@ def _rle(segmentation: Any, height: int, width: int) -> bytes:
   return mask_utils.frPyObjects(segmentation, height, width)["counts"]
 
 
-def _size(image: dict[str, Any], json_file: Path) -> tuple[int, int]:
+def _size(image: dict[str, Any], json_file: AnyPath) -> tuple[int, int]:
   height, width = image.get("height"), image.get("width")
   ok = isinstance(height, int) and isinstance(width, int)
   if not ok or min(height, width) < 1 or height * width > MAX_PIXELS:
@@ -352,7 +357,7 @@ def _size(image: dict[str, Any], json_file: Path) -> tuple[int, int]:
   return height, width
 
 
-def _image_of(annotation: Any, images: Mapping[Any, Any], path: Path) -> Any:
+def _image_of(annotation: Any, images: Mapping[Any, Any], path: AnyPath) -> Any:
   id_ = json_field(annotation, "image_id", path, "an annotation")
   if json_key(id_) not in images:
     raise InputError(
@@ -377,12 +382,12 @@ def _class_of(entry: Any, index_of: Mapping[int, int], where: str) -> int:
 class _Image:
   image_id: str
   name: str  # file_name of the JSON
-  path: Path
+  path: AnyPath
   tags: tuple[int, ...]
 
 
-def _source(kind: str, root: Path, train_set: str, val_set: str) -> Source:
-  if not root.is_dir():
+def _source(kind: str, root: AnyPath, train_set: str, val_set: str) -> Source:
+  if not is_folder(root):
     raise InputError(
       f"{root}: no such folder; it must hold annotations/ and {train_set}/ of"
       " COCO"
@@ -431,25 +436,25 @@ def _note(text: str) -> None:
   print(text, file=sys.stderr)
 
 
-def _find_json(root: Path, kind: str, set_name: str) -> Path | None:
+def _find_json(root: AnyPath, kind: str, set_name: str) -> AnyPath | None:
   name = f"{kind}_{set_name}.json"
   for folder in (root / "annotations", root):
     path = safe_path(folder, name, f"the set {set_name!r}")
-    if path.is_file():
+    if is_file(path):
       return path
   return None
 
 
-def _no_json(root: Path, kind: str, set_name: str) -> InputError:
+def _no_json(root: AnyPath, kind: str, set_name: str) -> InputError:
   return InputError(
     f"{root}: holds no annotations/{kind}_{set_name}.json; download it from"
     " cocodataset.org, or choose another set"
   )
 
 
-def _folder(candidates: list[Path], content: str) -> Path:
+def _folder(candidates: list[AnyPath], content: str) -> AnyPath:
   for folder in candidates:
-    if folder.is_dir():
+    if is_folder(folder):
       return folder
   others = "".join(f" or {folder}" for folder in candidates[1:])
   raise InputError(
@@ -458,7 +463,7 @@ def _folder(candidates: list[Path], content: str) -> Path:
 
 
 def _read_set(
-  json_file: Path, kind: str, root: Path, set_name: str
+  json_file: AnyPath, kind: str, root: AnyPath, set_name: str
 ) -> tuple[Categories, list[_Image]]:
   """Classes and tagged images of a set; what else the JSON holds is let go."""
   content = read_json(json_file)
@@ -492,7 +497,8 @@ def _read_set(
         f" {image_id!r}; rename one"
       )
     images.append(_Image(image_id, name, path, tuple(sorted(tags[id_]))))
-  missing = [image.name for image in images if not image.path.is_file()]
+  exists = file_lookup()
+  missing = [image.name for image in images if not exists(image.path)]
   if missing:
     raise InputError(
       f"{folder}: lacks {len(missing)} of the {len(images)} images that"
@@ -504,8 +510,8 @@ def _read_set(
 
 def _val_records(
   kind: str,
-  root: Path,
-  json_file: Path,
+  root: AnyPath,
+  json_file: AnyPath,
   categories: Categories,
   images: list[_Image],
 ) -> LazyRecords:

@@ -23,23 +23,32 @@ import dataclasses
 import difflib
 import hashlib
 import io
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from jtsm_jax.data.coco import read_instances
-from jtsm_jax.data.panoptic_files import (
+from jtsm_jax.data.files import (
+  AnyPath,
+  PathOrUrl,
+  data_path,
+  file_lookup,
+  file_names,
+  folder_name,
+  is_file,
+  is_folder,
+  names_in,
+  read_bytes,
   read_file,
-  read_json,
-  read_panoptic,
   safe_path,
 )
+from jtsm_jax.data.json_files import read_json
+from jtsm_jax.data.panoptic_files import read_panoptic
 from jtsm_jax.data.source import LazyRecords, Source
 from jtsm_jax.data.transforms import MAX_PIXELS, decode_image
 from jtsm_jax.types import (
@@ -71,17 +80,17 @@ class FolderEntry:
 
   image_id: str
   name: str
-  path: Path
+  path: AnyPath
   tags: tuple[int, ...]
 
 
 def read_folder(
-  root: str | os.PathLike,
+  root: PathOrUrl,
 ) -> tuple[Categories, list[FolderEntry], list[FolderEntry]]:
   """Reads and checks the classes and the tables of tags; opens no image.
 
   Args:
-    root: the folder; its layout is that of the module's docstring.
+    root: the folder or its URL; its layout is that of the module's docstring.
 
   Returns:
     (classes, training entries, validation entries), entries in the order of the
@@ -90,15 +99,15 @@ def read_folder(
   Raises:
     InputError: anything in the folder that is missing, unknown or inconsistent.
   """
-  root = Path(root)
-  if not root.is_dir():
+  root = data_path(root)
+  if not is_folder(root):
     raise InputError(f"{root}: no such folder; {_LAYOUT}")
-  if not (root / "classes.json").is_file():
+  if not is_file(root / "classes.json"):
     raise InputError(f"{root / 'classes.json'}: no such file; {_LAYOUT}")
   train_table, val_table = _table(root, "train"), _table(root, "val")
   if train_table is None:
     raise InputError(f"{root / 'train_tags.csv'}: no such file; {_LAYOUT}")
-  if not (root / "images").is_dir():
+  if not is_folder(root / "images"):
     raise InputError(f"{root / 'images'}: no such folder; {_LAYOUT}")
   categories = _read_classes(root / "classes.json")
   train = _read_tags(train_table, categories, need_tags=True)
@@ -111,13 +120,11 @@ def read_folder(
   return categories, train, val
 
 
-def folder_source(
-  root: str | os.PathLike, *, name: str | None = None
-) -> Source:
+def folder_source(root: PathOrUrl, *, name: str | None = None) -> Source:
   """The folder as a data set for `prepare`.
 
   Args:
-    root: the folder.
+    root: the folder or its URL.
     name: of the data set; the folder's name if None.
 
   Returns:
@@ -129,10 +136,11 @@ def folder_source(
     InputError: as `read_folder`, and where there is ground truth of more than
       one form, or it lacks a validation image or is damaged.
   """
-  root = Path(root)
+  root = data_path(root)
   categories, train, val = read_folder(root)
   _report(root, train, val)
-  truths = [root / name for name in _TRUTHS if (root / name).exists()]
+  found = names_in(root)
+  truths = [root / name for name in _TRUTHS if name in found]
   if len(truths) > 1:
     raise InputError(
       f"{root}: holds ground truth of {len(truths)} forms,"
@@ -148,7 +156,7 @@ def folder_source(
     read = _truth_reader(truths[0], categories, val) if truths else _record
     splits["val"] = LazyRecords(len(val), lambda i: read(val[i]))
   return Source(
-    name=name or root.resolve().name,
+    name=name or folder_name(root.resolve()),
     categories=categories,
     splits=splits,
   )
@@ -161,14 +169,15 @@ def _record(entry: FolderEntry, **truth) -> Record:
 
 
 def _truth_reader(
-  path: Path, categories: Categories, entries: list[FolderEntry]
+  path: AnyPath, categories: Categories, entries: list[FolderEntry]
 ) -> Callable[[FolderEntry], Record]:
   """What reads a record with its ground truth, which all entries must have."""
   if path.name == "labels_val":
-    if not path.is_dir():
+    if not is_folder(path):
       raise InputError(f"{path}: is no folder; it must hold PNG files")
     files = {entry.name: _label_file(path, entry) for entry in entries}
-    _check_lacking(path, [n for n, file in files.items() if not file.is_file()])
+    exists = file_lookup()
+    _check_lacking(path, [n for n, file in files.items() if not exists(file)])
     return lambda entry: _record(
       entry, target=_read_labels(files[entry.name], categories)
     )
@@ -187,7 +196,7 @@ def _truth_reader(
   return lambda entry: _record(entry, target=targets[entry.name])
 
 
-def _check_lacking(path: Path, names: list[str]) -> None:
+def _check_lacking(path: AnyPath, names: list[str]) -> None:
   if names:
     raise InputError(
       f"{path}: {len(names)} images of the table of validation images have no"
@@ -195,12 +204,12 @@ def _check_lacking(path: Path, names: list[str]) -> None:
     )
 
 
-def _label_file(folder: Path, entry: FolderEntry) -> Path:
+def _label_file(folder: AnyPath, entry: FolderEntry) -> AnyPath:
   name = PurePosixPath(entry.name).with_suffix(".png").as_posix()
   return safe_path(folder, name, f"{folder}: the labels of {entry.name!r}")
 
 
-def _read_labels(path: Path, categories: Categories) -> PanopticMap:
+def _read_labels(path: AnyPath, categories: Categories) -> PanopticMap:
   """Reads a PNG file of class ids.
 
   Touching things of one class cannot be told apart: each connected region is
@@ -235,7 +244,7 @@ def _read_labels(path: Path, categories: Categories) -> PanopticMap:
   return PanopticMap(ids, tuple(segments))
 
 
-def _decode_labels(path: Path) -> np.ndarray:
+def _decode_labels(path: AnyPath) -> np.ndarray:
   """The values of a PNG file, [H, W] int32."""
   data = read_file(path)
   # Pillow stretches grey of fewer than 8 bits, so the file's own header counts.
@@ -262,12 +271,11 @@ def _decode_labels(path: Path) -> np.ndarray:
 
 
 def _report(
-  root: Path, train: list[FolderEntry], val: list[FolderEntry]
+  root: AnyPath, train: list[FolderEntry], val: list[FolderEntry]
 ) -> None:
   """Says on stderr what lies in the folder but is not used."""
-  listed = {entry.path for entry in train + val}
-  files = (p for p in (root / "images").rglob("*") if p.is_file())
-  unused = sum(path not in listed for path in files)
+  listed = {PurePosixPath(entry.name).as_posix() for entry in train + val}
+  unused = sum(name not in listed for name in file_names(root / "images"))
   if unused:
     print(
       f"{root}: {unused} files in images/ are in no table of tags; they are"
@@ -283,7 +291,7 @@ def _report(
     )
 
 
-def _read_classes(path: Path) -> Categories:
+def _read_classes(path: AnyPath) -> Categories:
   entries = read_json(path)
   wanted = '[{"id": 1, "name": "cow", "isthing": 1}, ...]'
   if not isinstance(entries, list) or not entries:
@@ -315,27 +323,29 @@ def _read_classes(path: Path) -> Categories:
   return Categories.from_list(entries)
 
 
-def _table(root: Path, split: str) -> Path | None:
+def _table(root: AnyPath, split: str) -> AnyPath | None:
   """The table of a split, of either form."""
   csv_file, json_file = (root / f"{split}_tags{end}" for end in _TABLE_SUFFIXES)
-  if csv_file.exists() and json_file.exists():
+  found = [path for path in (csv_file, json_file) if is_file(path)]
+  if len(found) > 1:
     raise InputError(
       f"{root}: holds {csv_file.name} and {json_file.name}; keep one"
     )
-  found = [path for path in (csv_file, json_file) if path.exists()]
   return found[0] if found else None
 
 
 def _read_tags(
-  path: Path, categories: Categories, *, need_tags: bool
+  path: AnyPath, categories: Categories, *, need_tags: bool
 ) -> list[FolderEntry]:
   images = path.parent / "images"
   index_of = {name: i for i, name in enumerate(categories.names)}
-  entries, place_of = [], {}
+  entries, place_of, exists = [], {}, file_lookup()
   rows = _csv_rows(path) if path.suffix == ".csv" else _json_rows(path)
   for place, name, names in rows:
     where = f"{path}, {place}"
-    file = _image_file(images, name, where)
+    file = safe_path(images, name, where)
+    if not exists(file):
+      raise _no_image(images, name, where)
     if file in place_of:
       raise InputError(
         f"{where}: image {name!r} is also in {place_of[file]}; keep one row"
@@ -354,7 +364,7 @@ def _read_tags(
   return entries
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, str, list[str]]]:
+def _json_rows(path: AnyPath) -> Iterator[tuple[str, str, list[str]]]:
   """Yields (place in the file, image, tags) of a JSON file."""
   table = read_json(path, unique_keys=True)
   wanted = '{"a.jpg": ["cow", "grass"], ...}'
@@ -368,49 +378,47 @@ def _json_rows(path: Path) -> Iterator[tuple[str, str, list[str]]]:
     yield f"entry {name!r}", name, tags
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, str, list[str]]]:
+def _csv_rows(path: AnyPath) -> Iterator[tuple[str, str, list[str]]]:
   """Yields (place in the file, image, tags) of a CSV file."""
   try:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-      reader = csv.DictReader(file, skipinitialspace=True, strict=True)
-      found = [str(column).strip() for column in reader.fieldnames or []]
-      if not {"image", "tags"} <= set(found):
+    text = read_bytes(path).decode("utf-8-sig")
+    reader = csv.DictReader(
+      io.StringIO(text, newline=""), skipinitialspace=True, strict=True
+    )
+    found = [str(column).strip() for column in reader.fieldnames or []]
+    if not {"image", "tags"} <= set(found):
+      raise InputError(
+        f"{path}: the first line must name the columns image,tags; found"
+        f" {','.join(found)!r}"
+      )
+    reader.fieldnames = found
+    for row in reader:
+      name, tags = row["image"], row["tags"]
+      where = f"{path}, line {reader.line_num}"
+      if None in row:
         raise InputError(
-          f"{path}: the first line must name the columns image,tags; found"
-          f" {','.join(found)!r}"
+          f"{where}: more values than columns; separate the tags of an image"
+          " by ';', not by ','"
         )
-      reader.fieldnames = found
-      for row in reader:
-        name, tags = row["image"], row["tags"]
-        where = f"{path}, line {reader.line_num}"
-        if None in row:
-          raise InputError(
-            f"{where}: more values than columns; separate the tags of an image"
-            " by ';', not by ','"
-          )
-        if not name or not name.strip() or tags is None:
-          raise InputError(
-            f"{where}: a row must be image,tags; found"
-            f" {','.join(v for v in row.values() if v)!r}"
-          )
-        names = [tag.strip() for tag in tags.split(";") if tag.strip()]
-        yield f"line {reader.line_num}", name.strip(), names
+      if not name or not name.strip() or tags is None:
+        raise InputError(
+          f"{where}: a row must be image,tags; found"
+          f" {','.join(v for v in row.values() if v)!r}"
+        )
+      names = [tag.strip() for tag in tags.split(";") if tag.strip()]
+      yield f"line {reader.line_num}", name.strip(), names
   except (OSError, UnicodeDecodeError, csv.Error) as error:
     raise InputError(
       f"{path}: is no readable CSV in UTF-8 ({error}); save it as such"
     ) from error
 
 
-def _image_file(images: Path, name: str, where: str) -> Path:
-  """The path of an image, which must exist inside `images`."""
-  path = safe_path(images, name, where)
-  if not path.is_file():
-    names = [p.relative_to(images).as_posix() for p in images.rglob("*")]
-    raise InputError(
-      f"{where}: image {name!r} is not in {images}{_hint(name, names)}; add it"
-      " or remove the row"
-    )
-  return path
+def _no_image(images: AnyPath, name: str, where: str) -> InputError:
+  hint = _hint(name, file_names(images))
+  return InputError(
+    f"{where}: image {name!r} is not in {images}{hint}; add it or remove the"
+    " row"
+  )
 
 
 def _unknown_tag(tag: str, categories: Categories) -> str:
@@ -459,21 +467,21 @@ class ImageFolder:
     tags: [N, K] float32, all 0: nothing is known.
   """
 
-  def __init__(self, folder: str | os.PathLike, *, num_classes: int):
+  def __init__(self, folder: PathOrUrl, *, num_classes: int):
     """Lists and decodes every image of `folder`, without its subfolders.
 
     Raises:
       InputError: there is no such folder, or no image in it.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    folder = data_path(folder)
+    if not is_folder(folder):
       raise InputError(f"{folder}: no such folder; --input wants one of images")
     kept, digests, self.sizes = [], [], []
-    for path in sorted(folder.iterdir()):
+    for path in map(folder.joinpath, names_in(folder)):
       if path.suffix.lower() not in _IMAGE_SUFFIXES:
         continue
       try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         image = decode_image(data, name=str(path))
       except (InputError, OSError) as error:
         print(f"left out: {error}", file=sys.stderr)
@@ -506,7 +514,7 @@ class ImageFolder:
 
   def __getitem__(self, i: int) -> Record:
     height, width = (int(n) for n in self.sizes[i])
-    data = self._paths[i].read_bytes()
+    data = read_file(self._paths[i])
     return Record(self.image_ids[i], data, height, width, ())
 
 

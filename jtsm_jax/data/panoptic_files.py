@@ -10,12 +10,21 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from jtsm_jax.data.files import (
+  AnyPath,
+  PathOrUrl,
+  data_path,
+  is_folder,
+  read_bytes,
+  safe_path,
+)
+from jtsm_jax.data.json_files import json_field, json_key, read_json, short
 from jtsm_jax.data.transforms import MAX_PIXELS
 from jtsm_jax.types import (
   VOID,
@@ -80,8 +89,8 @@ class PanopticFiles(Mapping[str | int, PanopticMap]):
 
 
 def read_panoptic(
-  json_file: str | os.PathLike,
-  folder: str | os.PathLike,
+  json_file: PathOrUrl,
+  folder: PathOrUrl,
   categories: Categories,
 ) -> PanopticFiles:
   """Reads COCO panoptic ground truth; the PNG files lazily, one per look-up.
@@ -99,7 +108,7 @@ def read_panoptic(
     InputError: a file is missing or damaged, a category is unknown, a PNG lies
       outside `folder`, or (at look-up) PNG and JSON disagree on ids or size.
   """
-  json_file, folder = Path(json_file), Path(folder)
+  json_file, folder = data_path(json_file), data_path(folder)
   _check_folder(json_file, folder)
   data = read_json(json_file)
   check_categories(json_file, data, categories)
@@ -125,15 +134,15 @@ def read_panoptic(
 
 
 def read_panoptic_results(
-  json_file: str | os.PathLike,
-  folder: str | os.PathLike,
+  json_file: PathOrUrl,
+  folder: PathOrUrl,
   categories: Categories,
 ) -> PanopticFiles:
   """As `read_panoptic`, by image id and without the JSON's `images`.
 
   COCO's format of results has `annotations` alone.
   """
-  json_file, folder = Path(json_file), Path(folder)
+  json_file, folder = data_path(json_file), data_path(folder)
   _check_folder(json_file, folder)
   data = read_json(json_file)
   check_categories(json_file, data, categories)
@@ -150,15 +159,15 @@ def read_panoptic_results(
   return PanopticFiles(entries)
 
 
-def _check_folder(json_file: Path, folder: Path) -> None:
-  if not folder.is_dir():
+def _check_folder(json_file: AnyPath, folder: AnyPath) -> None:
+  if not is_folder(folder):
     raise InputError(
       f"{folder}: no such folder; it must hold the PNG files that {json_file}"
       " names"
     )
 
 
-def _annotations(json_file: Path, data: Any) -> Iterator[tuple[Any, Any]]:
+def _annotations(json_file: AnyPath, data: Any) -> Iterator[tuple[Any, Any]]:
   """Image id and annotation, one after the other."""
   for annotation in json_field(
     data, "annotations", json_file, "the JSON", kind=list
@@ -169,8 +178,8 @@ def _annotations(json_file: Path, data: Any) -> Iterator[tuple[Any, Any]]:
 
 def _map_arguments(
   annotation: dict[str, Any],
-  json_file: Path,
-  folder: Path,
+  json_file: AnyPath,
+  folder: AnyPath,
   categories: Categories,
   *,
   size: tuple[int | None, int | None],
@@ -208,137 +217,7 @@ def _map_arguments(
   )
 
 
-def safe_path(folder: str | os.PathLike, name: str, where: str) -> Path:
-  """The path of a file that a data set's own table names.
-
-  A data set may come from a stranger, so its table must not lead out of it.
-
-  Args:
-    folder: which the file has to lie in; the folder itself may be a link.
-    name: of the file, relative to `folder`.
-    where: what names the file; error messages begin with it.
-
-  Returns:
-    `folder / name`, whether or not there is such a file.
-
-  Raises:
-    InputError: the name is empty or no text, absolute, contains '..', or leaves
-      the folder by a link.
-  """
-  path = PurePosixPath(name) if isinstance(name, str) else None
-  if path is None or not path.parts or not _can_be_opened(name):
-    raise InputError(
-      f"{where}: {name!r} is no name of a file; give a path relative to"
-      f" {folder}"
-    )
-  if path.is_absolute() or ".." in path.parts:
-    raise InputError(
-      f"{where}: {name!r} leaves the folder; give a path relative to {folder},"
-      " without '..'"
-    )
-  file = Path(folder)
-  for part in path.parts:
-    file = file / part
-    # Only links can lead out, and to resolve every path takes long.
-    if file.is_symlink() and not _is_inside(file, folder):
-      raise InputError(
-        f"{where}: {name!r} is a link that leaves {folder}; put the file itself"
-        " there"
-      )
-  return file
-
-
-def _can_be_opened(name: str) -> bool:
-  try:
-    return b"\0" not in os.fsencode(name)
-  except UnicodeEncodeError:  # Half a surrogate pair.
-    return False
-
-
-def _is_inside(file: Path, folder: str | os.PathLike) -> bool:
-  real = os.path.realpath(file)
-  return Path(real).is_relative_to(os.path.realpath(folder))
-
-
-def read_file(path: Path) -> bytes:
-  """The bytes of a file of a data set; InputError if it cannot be read."""
-  try:
-    return path.read_bytes()
-  except OSError as error:
-    raise InputError(
-      f"{path}: cannot be read ({error.strerror}); check the file"
-    ) from error
-
-
-def read_json(path: Path, *, unique_keys: bool = False) -> Any:
-  """Reads a JSON file.
-
-  Args:
-    path: of the file; UTF-8, with or without a byte-order mark.
-    unique_keys: refuse an object that has a key twice, instead of taking the
-      last.
-
-  Raises:
-    InputError: the file is missing or damaged, or a key occurs twice.
-  """
-
-  def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = {}
-    for key, value in pairs:
-      if key in content:
-        raise InputError(f"{path}: the key {key!r} occurs twice; keep one")
-      content[key] = value
-    return content
-
-  try:
-    return json.loads(
-      path.read_text(encoding="utf-8-sig"),
-      object_pairs_hook=no_twins if unique_keys else None,
-    )
-  except FileNotFoundError:
-    raise InputError(f"{path}: no such file; it is needed here") from None
-  except (OSError, ValueError, RecursionError) as error:
-    raise InputError(f"{path}: is no readable JSON ({error})") from error
-
-
-def json_field(
-  entry: Any, name: str, path: Path, what: str, *, kind: type = object
-) -> Any:
-  """`entry[name]` of a JSON file.
-
-  Args:
-    entry: a part of the file, an object.
-    name: of the field.
-    path: of the file, for the message.
-    what: the part is, for the message.
-    kind: of the value.
-
-  Raises:
-    InputError: there is no such field, or its value is of another kind.
-  """
-  if not isinstance(entry, dict) or name not in entry:
-    found = sorted(entry) if isinstance(entry, dict) else repr(entry)
-    raise InputError(f"{path}: {what} has no {name!r}; found {found}")
-  value = entry[name]
-  if not isinstance(value, kind):
-    raise InputError(
-      f"{path}: {name!r} of {what} is {_short(value)}; it must be of the type"
-      f" {kind.__name__}"
-    )
-  return value
-
-
-def json_key(value: Any) -> int | float | str | None:
-  """An id of a JSON file that can be looked up; None if it is no such thing."""
-  return value if isinstance(value, int | float | str) else None
-
-
-def _short(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def json_images(path: Path, content: Any) -> dict[Any, dict[str, Any]]:
+def json_images(path: AnyPath, content: Any) -> dict[Any, dict[str, Any]]:
   """The entries of COCO's list of images by their `id`.
 
   Args:
@@ -362,7 +241,7 @@ def json_images(path: Path, content: Any) -> dict[Any, dict[str, Any]]:
     name = json_field(entry, "file_name", path, f"image {id_!r}", kind=str)
     if json_key(id_) is None:
       raise InputError(
-        f"{path}: the id of image {name!r} is {_short(id_)}; it must be a"
+        f"{path}: the id of image {name!r} is {short(id_)}; it must be a"
         " number or a string"
       )
     if id_ in images or name in names:
@@ -375,7 +254,7 @@ def json_images(path: Path, content: Any) -> dict[Any, dict[str, Any]]:
   return images
 
 
-def json_categories(json_file: Path, content: Any, kind: str) -> Categories:
+def json_categories(json_file: AnyPath, content: Any, kind: str) -> Categories:
   """The classes that a COCO JSON lists.
 
   Args:
@@ -408,7 +287,9 @@ def json_categories(json_file: Path, content: Any, kind: str) -> Categories:
   return Categories.from_list(entries)
 
 
-def check_categories(path: Path, content: Any, categories: Categories) -> None:
+def check_categories(
+  path: AnyPath, content: Any, categories: Categories
+) -> None:
   """Checks that a COCO JSON means the same classes by the same ids.
 
   Args:
@@ -433,10 +314,10 @@ def check_categories(path: Path, content: Any, categories: Categories) -> None:
 
 def _read_map(
   *,
-  path: Path,
+  path: AnyPath,
   segments: list[Segment],
   size: tuple[int | None, int | None],
-  json_file: Path,
+  json_file: AnyPath,
 ) -> PanopticMap:
   ids = _read_ids(path, size, json_file)
   values, areas = np.unique(ids, return_counts=True)
@@ -462,13 +343,11 @@ def _read_map(
 
 
 def _read_ids(
-  path: Path, size: tuple[int | None, int | None], json_file: Path
+  path: AnyPath, size: tuple[int | None, int | None], json_file: AnyPath
 ) -> np.ndarray:
   """Decodes a PNG once its header agrees with the JSON."""
-  if not path.is_file():
-    raise InputError(f"{path}: no such file, but {json_file} names it")
   try:
-    image = Image.open(io.BytesIO(read_file(path)), formats=("PNG",))
+    image = Image.open(io.BytesIO(read_bytes(path)), formats=("PNG",))
     width, height = image.size
     if image.mode != "RGB":
       raise InputError(
@@ -487,6 +366,10 @@ def _read_ids(
     return decode_ids(np.asarray(image))
   except InputError:
     raise
+  except FileNotFoundError:
+    raise InputError(
+      f"{path}: no such file, but {json_file} names it"
+    ) from None
   except Exception as error:  # Pillow raises whatever it meets.
     raise InputError(f"{path}: cannot be decoded ({error})") from error
 

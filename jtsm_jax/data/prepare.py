@@ -1,25 +1,31 @@
 """Writes a data set into a directory of the form that `prepared` describes.
 
 Records are written in pieces of some hundred. A piece is whole or absent, and a
-small JSON file beside it says what is in it. So a preparation that was killed
-goes on where it was, and machines that share a disk can each do a part. When
-all pieces are there, their indices are joined and the directory gets its name.
+small JSON file in the subfolder `incomplete` says what is in it. So a
+preparation that was killed goes on where it was, and machines that share the
+directory can each do a part. When all pieces are there, their indices are
+joined; `prepared.json` is written last, and what is in `incomplete` removed.
+
+Nothing is locked or renamed, which a bucket could not do: whoever comes twice
+or at once writes the same files again.
 """
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
 import math
 import os
+import pathlib
 import re
-import shutil
 import sys
-from pathlib import Path
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cv2
@@ -28,7 +34,21 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
 from jtsm_jax.console import progress
-from jtsm_jax.data.panoptic_files import encode_ids, read_json
+from jtsm_jax.data.files import (
+  AnyPath,
+  PathOrUrl,
+  data_path,
+  file_size,
+  is_file,
+  is_local,
+  map_reads,
+  names_in,
+  remove,
+  write_file,
+  written_whole,
+)
+from jtsm_jax.data.json_files import read_json
+from jtsm_jax.data.panoptic_files import encode_ids
 from jtsm_jax.data.prepared import (
   IMAGES,
   INFO,
@@ -40,6 +60,7 @@ from jtsm_jax.data.prepared import (
   TRAIN,
   VERSION,
   features,
+  is_prepared,
 )
 from jtsm_jax.data.source import Source
 from jtsm_jax.data.transforms import decode_image
@@ -47,6 +68,7 @@ from jtsm_jax.types import InputError, PanopticMap, Record, Segment
 from jtsm_jax.workers import JOBS_AHEAD, available_cores, map_ahead
 
 PIECE = 500  # records at most
+INCOMPLETE = "incomplete"
 
 _PLAN = "plan.json"
 # What is noted of each record of a piece.
@@ -62,10 +84,9 @@ _SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
 def prepare(
   source: Source,
-  directory: str | os.PathLike,
+  directory: PathOrUrl,
   *,
   max_bad_fraction: float = 0.01,
-  overwrite: bool = False,
   shard: int = 0,
   num_shards: int = 1,
 ) -> bool:
@@ -73,15 +94,15 @@ def prepare(
 
   Every image is decoded once, to see that it can be; its bytes are written as
   they are. Images that cannot be decoded are left out, reported on stderr and
-  in `quarantine.txt`. The directory appears by a rename when it is complete;
-  until then the files lie beside it, and the same call goes on with them.
+  in `quarantine.txt`. The directory is a prepared data set when it holds
+  `prepared.json`, which comes last; until then the same call goes on with what
+  is there.
 
   Args:
     source: the data set.
-    directory: to be made.
+    directory: to be made, or its URL.
     max_bad_fraction: the greatest fraction of images that may be left out; one
       image always may.
-    overwrite: replace a prepared data set that is already there.
     shard: which part of the pieces to write, 0 .. num_shards - 1.
     num_shards: into how many parts the pieces are divided. Whoever finds all
       pieces written completes the directory.
@@ -90,31 +111,95 @@ def prepare(
     Whether the directory is complete.
 
   Raises:
-    InputError: the directory exists, too many images are bad, an image id is
-      repeated or unsafe as a file name, a split has no image left, or an image
-      has another size than its ground truth or its record says.
+    InputError: the directory holds a prepared data set or something else, too
+      many images are bad, an image id is repeated or unsafe as a file name, a
+      split has no image left, or an image has another size than its ground
+      truth or its record says.
     ValueError: a training record has ground truth, tags are no class indices in
       ascending order, or there is no such shard.
   """
+  directory = data_path(directory)
+  if is_file(directory / INFO):
+    raise InputError(
+      f"{directory}: holds a prepared data set already; remove it, or choose"
+      " another directory"
+    )
+  options = {"max_bad_fraction": max_bad_fraction}
+  write_shard(source, directory, shard=shard, num_shards=num_shards, **options)
+  return complete(source, directory, **options)
+
+
+def write_shard(
+  source: Source,
+  directory: PathOrUrl,
+  *,
+  max_bad_fraction: float,
+  shard: int,
+  num_shards: int,
+) -> None:
+  """Writes a part of the pieces, without completing the directory.
+
+  Arguments and errors are those of `prepare`; it is no error that the directory
+  is complete.
+  """
   if not 0 <= shard < num_shards:
     raise ValueError(f"shard is {shard}, must be in 0 .. {num_shards - 1}")
-  directory = Path(directory)
-  _check_directory(directory, overwrite)
-  partial = directory.with_name(f".{directory.name}.incomplete")
-  pieces = _plan(source, partial)
-  mine = [p for n, p in enumerate(pieces) if n % num_shards == shard]
-  _write_pieces(source, partial, mine, max_bad_fraction)
-  if not all(p.summary_file(partial).exists() for p in pieces):
-    return False
-  _complete(source, partial, pieces, max_bad_fraction)
-  replaced = None
-  if directory.exists():
-    replaced = directory.with_name(f".{directory.name}.old-{os.getpid()}")
-    directory.rename(replaced)
-  partial.rename(directory)
-  if replaced is not None:
-    shutil.rmtree(replaced)
+  directory = data_path(directory)
+  if is_prepared(directory):
+    return
+  with _unless_prepared(directory):
+    pieces = _claim(source, directory)
+    mine = [p for n, p in enumerate(pieces) if n % num_shards == shard]
+    _write_pieces(source, directory, mine, max_bad_fraction)
+
+
+def complete(
+  source: Source, directory: PathOrUrl, *, max_bad_fraction: float
+) -> bool:
+  """Makes the pieces that `write_shard` wrote a prepared data set.
+
+  Returns:
+    False if pieces are missing.
+
+  Raises:
+    InputError: as `prepare`.
+  """
+  directory = data_path(directory)
+  if not is_prepared(directory):
+    with _unless_prepared(directory):
+      pieces = _pieces(source)
+      written = set(names_in(directory / INCOMPLETE))
+      if not all(p.summary_name in written for p in pieces):
+        return False
+      _complete(source, directory, pieces, max_bad_fraction)
+  remove_leftovers(directory)
   return True
+
+
+def remove_leftovers(directory: PathOrUrl) -> None:
+  """Removes what a complete directory was made of.
+
+  That is left where the process was killed at the very end, or another one
+  still wrote a piece.
+  """
+  directory = data_path(directory)
+  for folder in (directory, *(directory / part for part in PARTS)):
+    for name in names_in(folder):
+      if name == INCOMPLETE or ".partial-" in name:
+        remove(folder / name)
+
+
+@contextlib.contextmanager
+def _unless_prepared(directory: AnyPath) -> Iterator[None]:
+  """Lets an error pass when another process has completed the directory.
+
+  It then has removed what this one was about to read or to rename.
+  """
+  try:
+    yield
+  except (InputError, OSError):
+    if not is_prepared(directory):
+      raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,44 +212,53 @@ class _Piece:
   start: int
   stop: int
 
-  def record_file(self, directory: Path, part: str) -> Path:
-    name = (
-      f"data-{self.split}.array_record-{self.index:05d}-of-{self.count:05d}"
-    )
-    return directory / part / name
+  def record_file(self, directory: AnyPath, part: str) -> AnyPath:
+    return directory / part / _record_name(self.split, self.index, self.count)
 
-  def summary_file(self, directory: Path) -> Path:
-    return directory / "pieces" / f"{self.split}-{self.index:05d}.json"
+  @property
+  def summary_name(self) -> str:
+    return f"{self.split}-{self.index:05d}.json"
 
-
-def _check_directory(directory: Path, overwrite: bool) -> None:
-  if not directory.exists():
-    return
-  if directory.is_dir() and not any(directory.iterdir()):
-    directory.rmdir()  # An empty one is as good as none.
-    return
-  ours = (directory / INFO).is_file()
-  if not (overwrite and ours):
-    remedy = (
-      "pass overwrite=True or delete it" if ours else "choose another directory"
-    )
-    raise InputError(f"{directory}: exists and is not empty; {remedy}")
+  def summary_file(self, directory: AnyPath) -> AnyPath:
+    return directory / INCOMPLETE / self.summary_name
 
 
-def _plan(source: Source, partial: Path) -> list[_Piece]:
-  """Divides the records; what an earlier call wrote of them is kept."""
+def _record_name(split: str, index: int, count: int) -> str:
+  return f"data-{split}.array_record-{index:05d}-of-{count:05d}"
+
+
+def _claim(source: Source, directory: AnyPath) -> list[_Piece]:
+  """Begins a directory, or goes on with it if it is of the same data."""
+  if is_local(directory) and directory.exists() and not directory.is_dir():
+    raise InputError(f"{directory}: is no folder; choose another directory")
+  pieces = _pieces(source)
   wanted = {
     "name": source.name,
     "version": VERSION,
     "categories": source.categories.to_list(),
     "splits": {name: len(split) for name, split in source.splits.items()},
+    "piece": PIECE,
   }
-  file = partial / _PLAN
-  if partial.exists() and not (file.exists() and read_json(file) == wanted):
-    print(f"{partial}: is of other data; starting anew", file=sys.stderr)
-    shutil.rmtree(partial)
-  (partial / "pieces").mkdir(parents=True, exist_ok=True)
-  _write_text(file, json.dumps(wanted))
+  # In this order: another shard may have begun in between.
+  strange = set(names_in(directory)) - {INCOMPLETE}
+  plan = directory / INCOMPLETE / _PLAN
+  found = read_json(plan) if is_file(plan) else None
+  if found is None and strange:
+    raise InputError(
+      f"{directory}: exists and is not empty; choose another directory"
+    )
+  if found not in (None, wanted):
+    print(f"{directory}: is of other data; starting anew", file=sys.stderr)
+    indices = [f"{split}_index.npz" for split in found["splits"]]
+    for name in (*PARTS, *indices, QUARANTINE, INCOMPLETE):
+      remove(directory / name)
+  if found != wanted:
+    write_file(plan, json.dumps(wanted))
+  return pieces
+
+
+def _pieces(source: Source) -> list[_Piece]:
+  """Divides the records."""
   pieces = []
   for name, split in source.splits.items():
     if not len(split):
@@ -181,33 +275,29 @@ def _plan(source: Source, partial: Path) -> list[_Piece]:
 
 
 def _write_pieces(
-  source: Source, partial: Path, pieces: list[_Piece], max_bad_fraction: float
+  source: Source,
+  directory: AnyPath,
+  pieces: list[_Piece],
+  max_bad_fraction: float,
 ) -> None:
   """Writes those pieces that are not there yet."""
   total = sum(p.stop - p.start for p in pieces)
   bar = progress(None, "prepare", total=total, unit="image")
-  bad = []
+  written, bad = set(names_in(directory / INCOMPLETE)), []
   with bar, concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
     for piece in pieces:
-      if piece.summary_file(partial).exists():
+      if piece.summary_name in written:
         bar.update(piece.stop - piece.start)
         continue
-      summary = _write_piece(source, partial, piece, pool, bar)
+      summary = _write_piece(source, directory, piece, pool, bar)
       bad += summary["bad"]
       _check_bad(source, bad, max_bad_fraction)
-      _write_text(piece.summary_file(partial), json.dumps(summary))
+      write_file(piece.summary_file(directory), json.dumps(summary))
 
 
-def _write_piece(source, partial, piece, pool, bar) -> dict[str, list]:
+def _write_piece(source, directory, piece, pool, bar) -> dict[str, Any]:
   """Writes the records of a piece and returns what is in it."""
-  parts = (IMAGES,) if piece.split == TRAIN else PARTS
-  writers = {
-    part: _Writer(
-      piece.record_file(partial, part), features(part, source.categories)
-    )
-    for part in parts
-  }
-  summary: dict[str, list] = collections.defaultdict(list)
+  summary: dict[str, Any] = collections.defaultdict(list)
   records = source.splits[piece.split]
 
   def read(i: int):
@@ -225,7 +315,8 @@ def _write_piece(source, partial, piece, pool, bar) -> dict[str, list]:
 
   rows = ((i,) for i in range(piece.start, piece.stop))
   ahead = JOBS_AHEAD * available_cores()
-  try:
+  write = {}
+  with contextlib.ExitStack() as files:
     for record, reason, size, examples in map_ahead(pool, read, rows, ahead):
       bar.update()
       if reason is not None:
@@ -241,41 +332,38 @@ def _write_piece(source, partial, piece, pool, bar) -> dict[str, list]:
       for part in PARTS:
         summary[f"has_{part}"].append(part in examples)
       for part, example in examples.items():
-        writers[part].write(example)
-  finally:
-    for writer in writers.values():
+        if part not in write:
+          file = _writer(
+            piece.record_file(directory, part),
+            features(part, source.categories),
+          )
+          write[part] = files.enter_context(file)
+        write[part](example)
+  sizes = {p: file_size(piece.record_file(directory, p)) for p in write}
+  return {"bad": [], **summary, "num_bytes": sizes}
+
+
+@contextlib.contextmanager
+def _writer(
+  path: AnyPath, record: tfds.features.FeaturesDict
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+  """What writes an example into an ArrayRecord file, which is written whole."""
+  serializer = tfds.core.example_serializer.ExampleSerializer(
+    record.get_serialized_info()
+  )
+  with written_whole(path) as draft:
+    writer = array_record_module.ArrayRecordWriter(
+      os.fspath(draft), "group_size:1"
+    )
+
+    def write(example: dict[str, Any]) -> None:
+      encoded = record.encode_example(example)
+      writer.write(serializer.serialize_example(encoded))
+
+    try:
+      yield write
+    finally:
       writer.close()
-  for writer in writers.values():
-    writer.publish()
-  return {"bad": [], **summary}
-
-
-class _Writer:
-  """Writes one ArrayRecord file, which gets its name when it is whole."""
-
-  def __init__(self, path: Path, record: tfds.features.FeaturesDict):
-    path.parent.mkdir(exist_ok=True)
-    self._path = path
-    self._partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    self._features = record
-    self._serializer = tfds.core.example_serializer.ExampleSerializer(
-      record.get_serialized_info()
-    )
-    self._writer = array_record_module.ArrayRecordWriter(
-      os.fspath(self._partial), "group_size:1"
-    )
-
-  def write(self, example: dict[str, Any]) -> None:
-    encoded = self._features.encode_example(example)
-    self._writer.write(self._serializer.serialize_example(encoded))
-
-  def close(self) -> None:
-    self._writer.close()
-
-  def publish(self) -> None:
-    with self._partial.open("rb") as file:
-      os.fsync(file.fileno())
-    self._partial.replace(self._path)
 
 
 def _examples(
@@ -362,51 +450,46 @@ def _check_bad(source: Source, bad: list[str], fraction: float) -> None:
 
 def _complete(
   source: Source,
-  partial: Path,
+  directory: AnyPath,
   pieces: list[_Piece],
   max_bad_fraction: float,
 ) -> None:
   """Joins what is known of the pieces, and writes what names them."""
+  files = [p.summary_file(directory) for p in pieces]
+  # All are read before anything is written: another shard may remove them.
+  found = dict(zip(pieces, map_reads(read_json, files, directory), strict=True))
+  bad = [line for f in found.values() for line in f["bad"]]
+  try:
+    _check_bad(source, bad, max_bad_fraction)
+  except InputError:
+    for piece, summary in found.items():
+      if summary["bad"]:  # those images are to be tried again
+        remove(piece.summary_file(directory))
+    raise
   info = {
     "name": source.name,
     "version": VERSION,
     "citation": source.citation,
     "categories": source.categories.to_list(),
     "splits": {},
+    "quarantined": len(bad),
   }
-  bad, lengths = [], collections.defaultdict(dict)
+  splits: dict[str, list] = collections.defaultdict(list)
   for split in source.splits:
-    own = [p for p in pieces if p.split == split]
-    found = [read_json(p.summary_file(partial)) for p in own]
-    bad += [line for f in found for line in f["bad"]]
-    index = {k: [x for f in found for x in f.get(k, [])] for k in _SUMMARY}
+    own = [f for piece, f in found.items() if piece.split == split]
+    index = {k: [x for f in own for x in f.get(k, [])] for k in _SUMMARY}
     _check_ids(split, source.name, index["image_ids"])
-    _write_index(partial / f"{split}_index.npz", index, len(source.categories))
+    _write_index(directory, split, index, len(source.categories))
     info["splits"][split] = {part: sum(index[f"has_{part}"]) for part in PARTS}
     for part in PARTS:
       if info["splits"][split][part]:
-        lengths[part][split] = [sum(f.get(f"has_{part}", [])) for f in found]
-      else:
-        for piece in own:
-          piece.record_file(partial, part).unlink(missing_ok=True)
-  try:
-    _check_bad(source, bad, max_bad_fraction)
-  except InputError:
-    for piece in pieces:  # those images are to be tried again
-      if read_json(piece.summary_file(partial))["bad"]:
-        piece.summary_file(partial).unlink()
-    raise
-  for part in PARTS:
-    if part in lengths:
-      _write_metadata(partial / part, part, source, lengths[part])
-    else:
-      shutil.rmtree(partial / part, ignore_errors=True)
+        splits[part].append(_split_info(split, part, own))
+  for part, infos in splits.items():
+    _write_metadata(directory / part, part, source, infos)
   if bad:
-    _write_text(partial / QUARANTINE, "".join(f"{line}\n" for line in bad))
-  info["quarantined"] = len(bad)
-  _write_text(partial / INFO, json.dumps(info, indent=2))
-  shutil.rmtree(partial / "pieces")
-  (partial / _PLAN).unlink()
+    lines = "".join(f"{line}\n" for line in bad)
+    write_file(directory / QUARANTINE, lines)
+  write_file(directory / INFO, json.dumps(info, indent=2))
 
 
 def _check_ids(split: str, name: str, image_ids: list[str]) -> None:
@@ -423,7 +506,9 @@ def _check_ids(split: str, name: str, image_ids: list[str]) -> None:
       )
 
 
-def _write_index(path: Path, index: dict[str, list], num_classes: int) -> None:
+def _write_index(
+  directory: AnyPath, split: str, index: dict[str, list], num_classes: int
+) -> None:
   tags = np.zeros((len(index["tags"]), num_classes), np.float32)
   for row, present in zip(tags, index["tags"], strict=True):
     row[present] = 1
@@ -435,8 +520,9 @@ def _write_index(path: Path, index: dict[str, list], num_classes: int) -> None:
   digest = hashlib.sha256()
   for image_id, image in zip(index["image_ids"], index["digests"], strict=True):
     digest.update(f"{image} {image_id}\n".encode())
+  data = io.BytesIO()
   np.savez_compressed(
-    path,
+    data,
     image_ids=np.array(index["image_ids"], dtype=np.str_),
     sizes=np.array(index["sizes"], np.int32).reshape(-1, 2),
     tags=tags,
@@ -444,35 +530,37 @@ def _write_index(path: Path, index: dict[str, list], num_classes: int) -> None:
     fingerprint=digest.hexdigest()[:16],
     **rows,
   )
+  write_file(directory / f"{split}_index.npz", data.getvalue())
 
 
-def _write_metadata(
-  folder: Path, part: str, source: Source, lengths: dict[str, list[int]]
-) -> None:
-  """Writes what TFDS needs to read the files of a part."""
-  splits = [
-    tfds.core.SplitInfo(
-      name=split,
-      shard_lengths=counts,
-      num_bytes=sum(
-        f.stat().st_size for f in folder.glob(f"data-{split}.array_record-*")
-      ),
-    )
-    for split, counts in lengths.items()
-  ]
-  tfds.folder_dataset.write_metadata(
-    data_dir=folder,
-    features=features(part, source.categories),
-    split_infos=splits,
-    version=VERSION,
-    check_data=False,
-    citation=source.citation,
-    description=f"{part} of {source.name}",
+def _split_info(
+  split: str, part: str, found: list[dict[str, Any]]
+) -> tfds.core.SplitInfo:
+  """What TFDS has to know of the files of a part, from what is in each."""
+  return tfds.core.SplitInfo(
+    name=split,
+    shard_lengths=[sum(f.get(f"has_{part}", [])) for f in found],
+    num_bytes=sum(f["num_bytes"].get(part, 0) for f in found),
   )
 
 
-def _write_text(path: Path, text: str) -> None:
-  """Writes a file, whole or not at all."""
-  partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-  partial.write_text(text, encoding="utf-8")
-  partial.replace(path)
+def _write_metadata(
+  folder: AnyPath, part: str, source: Source, splits: list[tfds.core.SplitInfo]
+) -> None:
+  """Writes what TFDS needs to read the files of a part."""
+  with tempfile.TemporaryDirectory() as temporary:
+    local = pathlib.Path(temporary)
+    for split in splits:  # TFDS takes the names of the splits from files
+      (local / _record_name(split.name, 0, len(split.shard_lengths))).touch()
+    tfds.folder_dataset.write_metadata(
+      data_dir=local,
+      features=features(part, source.categories),
+      split_infos=splits,
+      version=VERSION,
+      check_data=False,
+      citation=source.citation,
+      description=f"{part} of {source.name}",
+    )
+    for file in local.iterdir():
+      if file.stat().st_size:
+        write_file(folder / file.name, file.read_bytes())

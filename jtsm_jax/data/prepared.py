@@ -9,6 +9,10 @@ A prepared directory holds
     instances/          a TFDS data set: their instances
     quarantine.txt      the images that could not be decoded, and why
 
+and is one if and only if it holds `prepared.json`, which is written last. It
+may be in a bucket; each of its files is then copied to this machine when a
+record of it is read for the first time.
+
 Nothing of the "train" split has ground truth, by construction: the writer
 refuses it. The ground truth of the other splits lies in files of its own, which
 are opened only when `RecordSource.target` or `instances` is called, so a
@@ -18,20 +22,32 @@ training run opens none of them. All three can be read by TFDS itself:
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import hashlib
 import io
-import os
+import json
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from jtsm_jax.data.panoptic_files import decode_ids, read_json
+from jtsm_jax.data.files import (
+  AnyPath,
+  PathOrUrl,
+  data_path,
+  fetch,
+  is_file,
+  is_local,
+  names_in,
+  read_bytes,
+)
+from jtsm_jax.data.json_files import read_json
+from jtsm_jax.data.panoptic_files import decode_ids
 from jtsm_jax.types import (
   Categories,
   InputError,
@@ -100,12 +116,13 @@ class RecordSource:
   and `instances` read ground truth.
   """
 
-  def __init__(self, directory: Path, split: str):
+  def __init__(self, directory: AnyPath, split: str):
     self._directory = directory
     self._split = split
     path = directory / f"{split}_index.npz"
     try:
-      with np.load(path, allow_pickle=False) as index:
+      data = io.BytesIO(read_bytes(path))
+      with np.load(data, allow_pickle=False) as index:
         self.image_ids: tuple[str, ...] = tuple(index["image_ids"].tolist())
         self.sizes: np.ndarray = index["sizes"]
         self.tags: np.ndarray = index["tags"]
@@ -236,19 +253,29 @@ def features(part: str, categories: Categories) -> tfds.features.FeaturesDict:
   return tfds.features.FeaturesDict(fields)
 
 
-def is_prepared(directory: str | os.PathLike) -> bool:
-  """Whether `open_prepared` would find a data set of this version there."""
+def is_prepared(directory: PathOrUrl) -> bool:
+  """Whether `open_prepared` would find a data set of this version there.
+
+  Raises:
+    InputError: that cannot be found out.
+  """
+  path = data_path(directory) / INFO
   try:
-    return read_json(Path(directory) / INFO).get("version") == VERSION
-  except (InputError, AttributeError):
+    return json.loads(read_bytes(path)).get("version") == VERSION
+  except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
     return False
+  except OSError as error:
+    raise InputError(
+      f"{path}: cannot be read ({error.strerror}); check the path or URL, the"
+      " rights and the network"
+    ) from error
 
 
-def open_prepared(directory: str | os.PathLike) -> PreparedData:
+def open_prepared(directory: PathOrUrl) -> PreparedData:
   """Opens a directory that `prepare` has written.
 
   Args:
-    directory: that holds `prepared.json`.
+    directory: that holds `prepared.json`, or its URL.
 
   Returns:
     The classes and the splits; no image is read yet.
@@ -257,8 +284,8 @@ def open_prepared(directory: str | os.PathLike) -> PreparedData:
     InputError: there is no prepared data set, it has another version, or a file
       of it is damaged.
   """
-  directory = Path(directory)
-  if not (directory / INFO).is_file():
+  directory = data_path(directory)
+  if not is_file(directory / INFO):
     raise InputError(
       f"{directory}: holds no prepared data set ({INFO} is missing); run the"
       " preparation with this directory first"
@@ -278,14 +305,49 @@ def open_prepared(directory: str | os.PathLike) -> PreparedData:
   )
 
 
-def _open_tfds(directory: Path, split: str, image_feature: str | None = None):
+def _open_tfds(
+  directory: AnyPath, split: str, image_feature: str | None = None
+):
   """Opens a split for random access; images stay encoded."""
   decoders = {image_feature: tfds.decode.SkipDecoding()}
   try:
-    return tfds.builder_from_directory(directory).as_data_source(
-      split, decoders=decoders if image_feature else None
-    )
+    options = {"decoders": decoders if image_feature else None}
+    if not is_local(directory):
+      return _FetchedRecords(directory, split, options)
+    builder = tfds.builder_from_directory(directory)
+    return builder.as_data_source(split, **options)
+  except InputError:
+    raise
   except Exception as error:  # TFDS and ArrayRecord raise many kinds.
     raise InputError(
       f"{directory}: cannot be opened ({error}); prepare the data set again"
     ) from error
+
+
+class _FetchedRecords:
+  """The records of a split in a bucket; each file is fetched when needed."""
+
+  def __init__(self, directory: AnyPath, split: str, options: dict[str, Any]):
+    """Args: those of `_open_tfds`, and what TFDS opens the split with."""
+    self._directory, self._split, self._options = directory, split, options
+    names = [n for n in names_in(directory) if not n.startswith("data-")]
+    if not names:
+      raise FileNotFoundError("there are no files")
+    copies = [fetch(directory / name) for name in names]
+    self._builder = tfds.builder_from_directory(copies[0].parent)
+    info = self._builder.info.splits[split]
+    self._names = sorted(info.filenames)
+    self._stops = np.cumsum(info.shard_lengths).tolist()
+    self._opened: dict[int, Any] = {}
+
+  def __getitem__(self, row: int):
+    n = bisect.bisect_right(self._stops, row)
+    start = self._stops[n - 1] if n else 0
+    if n not in self._opened:
+      fetch(self._directory / self._names[n])
+      rows = tfds.core.ReadInstruction(
+        self._split, from_=start, to=self._stops[n], unit="abs"
+      )
+      source = self._builder.as_data_source(rows, **self._options)
+      self._opened[n] = source
+    return self._opened[n][row - start]

@@ -5,19 +5,19 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import hashlib
-import os
 from collections.abc import Iterator
 
 import numpy as np
 
 from jtsm_jax.console import progress
+from jtsm_jax.data.files import PathOrUrl
 from jtsm_jax.data.prepared import PreparedData, RecordSource, open_prepared
 from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.types import VOID, InputError
 from jtsm_jax.workers import available_cores
 
 
-def verify(directory: str | os.PathLike) -> list[str]:
+def verify(directory: PathOrUrl) -> list[str]:
   """Checks every record: hash, size, tags, masks, ids, areas, classes.
 
   Args:

@@ -19,17 +19,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
 
+from jtsm_jax.data.files import (
+  AnyPath,
+  PathOrUrl,
+  data_path,
+  file_lookup,
+  folder_name,
+  is_file,
+  is_folder,
+  map_reads,
+  names_in,
+  read_bytes,
+)
 from jtsm_jax.data.mat_files import read_mat
 from jtsm_jax.data.source import LazyRecords, Source
 from jtsm_jax.data.transforms import decode_image
@@ -102,12 +113,12 @@ _CITE_SBD = """\
 
 
 def voc_panoptic_source(
-  root: str | os.PathLike,
+  root: PathOrUrl,
   *,
   year: str,
   train_set: str = "",
   val_set: str = "",
-  sbd: str | os.PathLike = "",
+  sbd: PathOrUrl = "",
   annotation_source: str = "voc",
 ) -> Source:
   """VOC for panoptic segmentation: 20 things and the stuff "background".
@@ -118,7 +129,7 @@ def voc_panoptic_source(
   images no mask is opened.
 
   Args:
-    root: the folder VOCdevkit, or VOC{year} inside it.
+    root: the folder VOCdevkit, or VOC{year} inside it, or its URL.
     year: "2007" or "2012".
     train_set: a list in ImageSets/Main or else ImageSets/Segmentation, by its
       name without the ending; or "train_aug", the segmentation lists "train" of
@@ -184,8 +195,9 @@ def voc_panoptic_source(
     voc, val_ids, sbd_folder, frozenset(sbd_ids), prefer=annotation_source
   )
   background = len(_THINGS)
+  objects = _read_all_objects(voc, train_ids + val_ids)
   train, val = (
-    [(i, (*_tags(_read_objects(voc, i)), background)) for i in ids]
+    [(i, (*_tags(objects[i]), background)) for i in ids]
     for ids in (train_ids, val_ids)
   )
 
@@ -211,7 +223,7 @@ def voc_panoptic_source(
 
 
 def voc_detection_source(
-  root: str | os.PathLike,
+  root: PathOrUrl,
   *,
   year: str,
   train_set: str = "",
@@ -225,7 +237,7 @@ def voc_detection_source(
   any object are left out.
 
   Args:
-    root: the folder VOCdevkit, or VOC{year} inside it.
+    root: the folder VOCdevkit, or VOC{year} inside it, or its URL.
     year: "2007" or "2012".
     train_set: a list in ImageSets/Main or else ImageSets/Segmentation, by its
       name without the ending; "" is "trainval". Images of the validation set
@@ -252,7 +264,7 @@ def voc_detection_source(
   else:
     val_ids = _detection_test_ids(voc)
   train_ids = _without(voc, listed, val_ids)
-  objects = {i: _read_objects(voc, i) for i in train_ids + val_ids}
+  objects = _read_all_objects(voc, train_ids + val_ids)
   kept = [i for i in train_ids if objects[i]]
   if len(kept) < len(train_ids):
     _note(
@@ -292,19 +304,19 @@ def _note(message: str) -> None:
   print(message, file=sys.stderr)
 
 
-def _voc_folder(root: str | os.PathLike, year: str) -> Path:
+def _voc_folder(root: PathOrUrl, year: str) -> AnyPath:
   """The folder VOC{year}, given itself or the VOCdevkit around it."""
   if year not in _YEARS:
     raise InputError(f"year is {year!r}; choose one of {_YEARS}")
-  root, name = Path(root), f"VOC{year}"
-  if (root / name).is_dir():
+  root, name = data_path(root), f"VOC{year}"
+  if is_folder(root / name):
     return root / name
-  own_name = Path(os.path.abspath(root)).name
+  own_name = folder_name(root)
   other_year = re.fullmatch(r"VOC\d{4}", own_name) and own_name != name
-  if (root / "ImageSets").is_dir() and not other_year:
+  if is_folder(root / "ImageSets") and not other_year:
     return root
   found = "it is another year's" if other_year else "no such folder"
-  if root.is_dir() and not other_year:
+  if is_folder(root) and not other_year:
     found = f"it holds neither {name} nor ImageSets"
   raise InputError(
     f"{root}: {found}; give the folder VOCdevkit that holds {name}, or {name}"
@@ -312,31 +324,31 @@ def _voc_folder(root: str | os.PathLike, year: str) -> Path:
   )
 
 
-def _sbd_folder(sbd: str | os.PathLike) -> Path:
-  wanted = ("cls", "inst", "train.txt", "val.txt")
-  for below in ("", "dataset", "benchmark_RELEASE/dataset"):
-    if all((Path(sbd) / below / name).exists() for name in wanted):
-      return Path(sbd) / below
+def _sbd_folder(sbd: PathOrUrl) -> AnyPath:
+  sbd, wanted = data_path(sbd), ("cls", "inst", "train.txt", "val.txt")
+  for folder in (sbd, sbd / "dataset", sbd / "benchmark_RELEASE" / "dataset"):
+    if set(wanted) <= set(names_in(folder)):
+      return folder
   raise InputError(
     f"{sbd}: does not hold {', '.join(wanted)}, nor does dataset/ or"
     " benchmark_RELEASE/dataset/ in it; give the unpacked folder of SBD"
   )
 
 
-def _find_list(voc: Path, name: str, kinds: tuple[str, ...]) -> Path:
+def _find_list(voc: AnyPath, name: str, kinds: tuple[str, ...]) -> AnyPath:
   """The list `name` in the first of the folders of ImageSets that has it."""
   if _is_safe(name):
     for kind in kinds:
       path = voc / "ImageSets" / kind / f"{name}.txt"
-      if path.is_file():
+      if is_file(path):
         return path
   found = sorted(
     # Main has three lists for each class, which are no sets of images.
     {
-      path.stem
+      name.removesuffix(".txt")
       for kind in kinds
-      for path in (voc / "ImageSets" / kind).glob("*.txt")
-      if path.stem.rpartition("_")[0] not in VOC_NAMES
+      for name in _lists(voc / "ImageSets" / kind)
+      if name.rpartition("_")[0] not in VOC_NAMES
     }
   )
   raise InputError(
@@ -345,7 +357,11 @@ def _find_list(voc: Path, name: str, kinds: tuple[str, ...]) -> Path:
   )
 
 
-def _read_list(path: Path) -> list[str]:
+def _lists(folder: AnyPath) -> list[str]:
+  return [name for name in names_in(folder) if name.endswith(".txt")]
+
+
+def _read_list(path: AnyPath) -> list[str]:
   """The image ids of a list file, in its order, each once."""
   data = _read_small(path, "it lists images")
   try:
@@ -377,7 +393,7 @@ def _unique(ids: Iterable[str]) -> list[str]:
   return list(dict.fromkeys(ids))
 
 
-def _without(voc: Path, ids: list[str], val_ids: list[str]) -> list[str]:
+def _without(voc: AnyPath, ids: list[str], val_ids: list[str]) -> list[str]:
   """The training images: those that are not for validation."""
   excluded = frozenset(val_ids)
   kept = [i for i in ids if i not in excluded]
@@ -394,13 +410,13 @@ def _without(voc: Path, ids: list[str], val_ids: list[str]) -> list[str]:
   return kept
 
 
-def _panoptic_val_ids(voc: Path, val_set: str) -> list[str]:
+def _panoptic_val_ids(voc: AnyPath, val_set: str) -> list[str]:
   if val_set:
     return _read_list(_find_list(voc, val_set, ("Segmentation", "Main")))
   folder = voc / "ImageSets" / "Segmentation"
-  if (folder / "val.txt").is_file():
+  lists = _lists(folder)
+  if "val.txt" in lists:
     return _read_list(folder / "val.txt")
-  lists = sorted(folder.glob("*.txt"))
   if not lists:
     raise InputError(
       f"{folder}: has no list of images; the default val_set is 'val' there:"
@@ -408,19 +424,20 @@ def _panoptic_val_ids(voc: Path, val_set: str) -> list[str]:
     )
   _note(
     f"{folder}: has no val.txt; validation is on all images of"
-    f" {', '.join(path.name for path in lists)}"
+    f" {', '.join(lists)}"
   )
-  return _unique(i for path in lists for i in _read_list(path))
+  return _unique(i for name in lists for i in _read_list(folder / name))
 
 
-def _detection_test_ids(voc: Path) -> list[str]:
+def _detection_test_ids(voc: AnyPath) -> list[str]:
   """The images of "test" if they can be evaluated, else none."""
   path = voc / "ImageSets" / "Main" / "test.txt"
-  if not path.is_file():
+  if not is_file(path):
     return []
   ids = _read_list(path)
   # The objects of the test images of 2012 are not public.
-  lacking = sum(not _xml_path(voc, i).is_file() for i in ids)
+  exists = file_lookup()
+  lacking = sum(not exists(_xml_path(voc, i)) for i in ids)
   if lacking:
     _note(
       f"{path}: {lacking} of {len(ids)} images have no file in Annotations;"
@@ -430,23 +447,23 @@ def _detection_test_ids(voc: Path) -> list[str]:
   return ids
 
 
-def _image_path(voc: Path, image_id: str) -> Path:
+def _image_path(voc: AnyPath, image_id: str) -> AnyPath:
   return voc / "JPEGImages" / f"{image_id}.jpg"
 
 
-def _xml_path(voc: Path, image_id: str) -> Path:
+def _xml_path(voc: AnyPath, image_id: str) -> AnyPath:
   return voc / "Annotations" / f"{image_id}.xml"
 
 
 def _read_record(
-  voc: Path,
+  voc: AnyPath,
   image_id: str,
   tags: tuple[int, ...],
   instances: Instances | None = None,
 ) -> Record:
   path = _image_path(voc, image_id)
   try:
-    data = path.read_bytes()
+    data = read_bytes(path)
   except FileNotFoundError:
     raise InputError(
       f"{path}: no such file, but a list names the image; unpack VOC's archive"
@@ -459,11 +476,10 @@ def _read_record(
   return Record(image_id, data, 0, 0, tags, instances=instances)
 
 
-def _read_small(path: Path, purpose: str) -> bytes:
+def _read_small(path: AnyPath, purpose: str) -> bytes:
   """The bytes of a file whose size is bounded."""
   try:
-    with open(path, "rb") as file:
-      data = file.read(_MAX_BYTES + 1)
+    data = read_bytes(path, limit=_MAX_BYTES + 1)
   except FileNotFoundError:
     raise InputError(
       f"{path}: no such file, but {purpose}; unpack the data set's archives"
@@ -499,7 +515,12 @@ class _NoDoctype(ElementTree.TreeBuilder):
     raise ValueError("it has a DOCTYPE, which VOC's files do not")
 
 
-def _read_objects(voc: Path, image_id: str) -> list[_Object]:
+def _read_all_objects(voc: AnyPath, ids: list[str]) -> dict[str, list[_Object]]:
+  found = map_reads(functools.partial(_read_objects, voc), ids, voc)
+  return dict(zip(ids, found, strict=True))
+
+
+def _read_objects(voc: AnyPath, image_id: str) -> list[_Object]:
   path = _xml_path(voc, image_id)
   data = _read_small(path, "the tags of that image come from it")
   try:
@@ -517,7 +538,7 @@ def _read_objects(voc: Path, image_id: str) -> list[_Object]:
   return [_read_object(path, e) for e in annotation.findall("object")]
 
 
-def _read_object(path: Path, element: ElementTree.Element) -> _Object:
+def _read_object(path: AnyPath, element: ElementTree.Element) -> _Object:
   name = element.findtext("name", "").strip()
   if name not in VOC_NAMES:
     raise InputError(
@@ -544,7 +565,9 @@ def _tags(objects: list[_Object]) -> tuple[int, ...]:
   return tuple(sorted({o.category for o in easy or objects}))
 
 
-def _instances(voc: Path, image_id: str, objects: list[_Object]) -> Instances:
+def _instances(
+  voc: AnyPath, image_id: str, objects: list[_Object]
+) -> Instances:
   path = _xml_path(voc, image_id)
   boxes = np.array([_box(path, o) for o in objects], np.float64).reshape(-1, 4)
   return Instances(
@@ -556,7 +579,7 @@ def _instances(voc: Path, image_id: str, objects: list[_Object]) -> Instances:
   )
 
 
-def _box(path: Path, found: _Object) -> tuple[float, float, float, float]:
+def _box(path: AnyPath, found: _Object) -> tuple[float, float, float, float]:
   try:
     x0, y0, x1, y1 = (float(corner) for corner in found.corners)
   except ValueError:  # also if there are not four
@@ -576,21 +599,21 @@ def _box(path: Path, found: _Object) -> tuple[float, float, float, float]:
 
 
 def _choose_masks(
-  voc: Path,
+  voc: AnyPath,
   ids: list[str],
-  sbd: Path | None,
+  sbd: AnyPath | None,
   sbd_ids: frozenset[str],
   *,
   prefer: str,
 ) -> Mapping[str, Callable[..., PanopticMap]]:
   """What reads the masks of each image, given its `size`; opens no file."""
-  readers = {}
+  readers, exists = {}, file_lookup()
   for image_id in ids:
     png_files = [
       voc / folder / f"{image_id}.png"
       for folder in ("SegmentationClass", "SegmentationObject")
     ]
-    lacking = [path for path in png_files if not path.is_file()]
+    lacking = [path for path in png_files if not exists(path)]
     in_sbd = image_id in sbd_ids
     if sbd is not None and in_sbd and (prefer == "sbd" or lacking):
       readers[image_id] = functools.partial(_read_mat_target, sbd, image_id)
@@ -607,7 +630,7 @@ def _choose_masks(
 
 
 def _read_png_target(
-  class_file: Path, object_file: Path, *, size: tuple[int, int]
+  class_file: AnyPath, object_file: AnyPath, *, size: tuple[int, int]
 ) -> PanopticMap:
   labels = _read_palette(class_file, size)
   objects = _read_palette(object_file, size)
@@ -627,10 +650,10 @@ def _read_png_target(
   return _to_panoptic(objects, labels, label_of)
 
 
-def _read_palette(path: Path, size: tuple[int, int]) -> np.ndarray:
+def _read_palette(path: AnyPath, size: tuple[int, int]) -> np.ndarray:
   """The indices, not the colours, of a PNG as [H, W] uint8."""
   try:
-    with Image.open(path, formats=["PNG"]) as image:
+    with Image.open(io.BytesIO(read_bytes(path)), formats=["PNG"]) as image:
       mode = image.mode
       values = np.asarray(image) if mode in ("P", "L") else None
   except FileNotFoundError:
@@ -652,7 +675,7 @@ def _read_palette(path: Path, size: tuple[int, int]) -> np.ndarray:
 
 
 def _read_mat_target(
-  sbd: Path, image_id: str, *, size: tuple[int, int]
+  sbd: AnyPath, image_id: str, *, size: tuple[int, int]
 ) -> PanopticMap:
   class_file = sbd / "cls" / f"{image_id}.mat"
   object_file = sbd / "inst" / f"{image_id}.mat"
@@ -690,7 +713,7 @@ def _read_mat_target(
 
 
 def _read_struct(
-  path: Path, name: str, fields: tuple[str, ...]
+  path: AnyPath, name: str, fields: tuple[str, ...]
 ) -> list[np.ndarray]:
   """Fields of the struct `name` in a MATLAB file."""
   data = _read_small(path, "SBD lists the image")
@@ -718,7 +741,9 @@ def _describe(values: np.ndarray) -> str:
   return f"an array {list(values.shape)} of {values.dtype}"
 
 
-def _check_size(path: Path, values: np.ndarray, size: tuple[int, int]) -> None:
+def _check_size(
+  path: AnyPath, values: np.ndarray, size: tuple[int, int]
+) -> None:
   if values.shape != size:
     height, width = values.shape
     raise InputError(
@@ -727,7 +752,7 @@ def _check_size(path: Path, values: np.ndarray, size: tuple[int, int]) -> None:
     )
 
 
-def _check_labels(path: Path, labels: np.ndarray) -> None:
+def _check_labels(path: AnyPath, labels: np.ndarray) -> None:
   known = {*range(len(_THINGS) + 1), _VOID_LABEL}
   unknown = sorted(set(np.unique(labels).tolist()) - known)
   if unknown:

@@ -9,14 +9,23 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import os
-import pathlib
+import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol
 
 from jtsm_jax import workers
 from jtsm_jax.console import progress
+from jtsm_jax.data.files import (
+  AnyPath,
+  PathOrUrl,
+  data_path,
+  fetch_all,
+  is_local,
+  names_in,
+  remove,
+  write_file,
+)
 from jtsm_jax.proposals import generate, record_format, store
 from jtsm_jax.types import InputError, Proposals, Record
 
@@ -83,7 +92,7 @@ def generator(settings: generate.ProposalSettings) -> Maker:
 
 def fill_store(
   source: Source,
-  path: str | os.PathLike[str],
+  path: PathOrUrl,
   maker: Maker,
   *,
   shard: int = 0,
@@ -99,10 +108,11 @@ def fill_store(
 
   Args:
     source: the images, with unique ids.
-    path: folder of the store; made if absent.
+    path: folder of the store, or its URL; made if absent.
     maker: where the proposals come from.
-    shard, num_shards: this run does the images shard, shard + num_shards,
-      ...; several may fill one store at once, on machines that share it.
+    shard, num_shards: this run does the shard-th of num_shards parts of about
+      the same size, which are neighbours and so lie in few files; several may
+      fill one store at once, on machines that share it.
     num_workers: processes, one thread each; 0 works in this process, None
       takes one per available core.
     max_bad_fraction: share of quarantined images that is tolerated; one is
@@ -128,33 +138,33 @@ def fill_store(
     )
   if num_workers is None:
     num_workers = workers.available_cores()
-  path = pathlib.Path(path)
+  path = data_path(path)
   start = time.monotonic()
   store.claim_store(path, maker.made_with)
-  mine = range(shard, len(source), num_shards)
+  bounds = [len(source) * n // num_shards for n in (shard, shard + 1)]
+  mine = range(*bounds)
   with _locked(path, shard):
-    for stale in path.glob(f"proposals-{shard:04d}-*.tmp"):
-      stale.unlink()  # left by a run that was killed
+    own = f"proposals-{shard:04d}-"
+    for name in names_in(path):
+      if name.startswith(own) and ".partial-" in name:
+        remove(path / name)  # left by a run that was killed
     files = store.shard_paths(path)
-    known = store.image_places(files)
+    known = _known(files, own if num_shards > 1 else "")
     missing = [n for n in mine if source.image_ids[n] not in known]
     kept = len(mine) - len(missing)
     quarantine = path / f"quarantine-{shard:04d}.txt"
-    quarantine.unlink(missing_ok=True)
+    remove(quarantine)
     if not missing:
       return FillReport(0, kept, (), time.monotonic() - start)
-    numbers = [
-      int(f.stem[-5:]) for f in files if f.stem[-10:-6] == f"{shard:04d}"
-    ]
-    next_file = max(numbers, default=-1) + 1
+    next_file = _next_number(path, [f for f in files if f.name.startswith(own)])
     allowed = max(1, int(max_bad_fraction * len(mine)))
 
-    made, pending, bad = 0, [], []
+    made, pending, bad, faults = 0, [], [], ""
 
     def flush() -> None:
       nonlocal next_file
       if pending:
-        name = f"proposals-{shard:04d}-{next_file:05d}.array_record"
+        name = f"{own}{next_file:05d}.array_record"
         store.write_shard(path / name, pending)
         next_file += 1
         pending.clear()
@@ -173,8 +183,8 @@ def fill_store(
             flush()
           continue
         bad.append(image_id)
-        with quarantine.open("a") as lines:
-          lines.write(f"{image_id}\t{fault}\n")
+        faults += f"{image_id}\t{fault}\n"
+        write_file(quarantine, faults)
         report(f"warning: no proposals for image {image_id!r}: {fault}")
         if len(bad) > allowed:
           raise InputError(
@@ -192,6 +202,24 @@ def fill_store(
     quarantined=tuple(bad),
     seconds=time.monotonic() - start,
   )
+
+
+def _known(files: list[AnyPath], own: str) -> Collection[str]:
+  """The ids of the images that a store has.
+
+  Of one in a bucket a shard looks into the files alone whose names begin with
+  `own`, since it would have to copy all the others.
+  """
+  mine = [f for f in files if is_local(f) or f.name.startswith(own)]
+  return store.image_places(fetch_all(mine))
+
+
+def _next_number(path: AnyPath, files: list[AnyPath]) -> int:
+  """The number of the first new file after those of this shard."""
+  if is_local(path):
+    return max((int(f.stem[-5:]) for f in files), default=-1) + 1
+  # A bucket has no locks: two runs of one shard must not use the same names.
+  return secrets.randbelow(10**15)
 
 
 def _read(read, record):
@@ -235,8 +263,11 @@ def _decode_and_propose(data: bytes, *, settings) -> Proposals:
 
 
 @contextlib.contextmanager
-def _locked(path: pathlib.Path, shard: int) -> Iterator[None]:
+def _locked(path: AnyPath, shard: int) -> Iterator[None]:
   """Excludes a second run; the system frees the lock of a killed one."""
+  if not is_local(path):
+    yield
+    return
   with (path / f"lock-{shard:04d}").open("w") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,14 +7,15 @@ A store is a folder:
                                          is that of the writer, see `fill_store`
     quarantine-0000.txt                  images that got none in the last run
 
-A file is written under a temporary name and renamed when it is complete, so
-every file with the final name is whole. Its records are images in the form of
+A file is renamed, or uploaded into a bucket, when it is complete, so every file
+with the final name is whole. Its records are images in the form of
 `record_format`; the last one lists their ids.
 """
 
 from __future__ import annotations
 
 import collections
+import fnmatch
 import json
 import os
 import pathlib
@@ -24,6 +25,17 @@ from typing import Any
 
 from array_record.python import array_record_module
 
+from jtsm_jax.data.files import (
+  AnyPath,
+  PathOrUrl,
+  data_path,
+  fetch_all,
+  is_file,
+  names_in,
+  read_file,
+  write_file,
+  written_whole,
+)
 from jtsm_jax.proposals import record_format
 from jtsm_jax.types import InputError, Proposals
 
@@ -36,12 +48,12 @@ class ProposalStore:
   """Random access to the proposals of a store. May be shared by threads.
 
   Can be pickled (data loaders send it to their processes): a copy opens the
-  files anew.
+  files anew. Files in a bucket are copied to this machine at the beginning.
   """
 
-  def __init__(self, path: str | os.PathLike[str]):
-    self.path = pathlib.Path(path)
-    self._places = image_places(shard_paths(self.path))
+  def __init__(self, path: PathOrUrl):
+    self.path = data_path(path)
+    self._places = image_places(fetch_all(shard_paths(self.path)))
     self._readers: collections.OrderedDict = collections.OrderedDict()
     self._lock = threading.Lock()
 
@@ -109,15 +121,15 @@ class ProposalStore:
       return self._readers[shard]
 
 
-def open_store(path: str | os.PathLike[str]) -> ProposalStore:
+def open_store(path: PathOrUrl) -> ProposalStore:
   """Opens a store for reading.
 
   Raises:
     InputError: there is no store, it is empty, a file is damaged, or another
       version of the program made it.
   """
-  path = pathlib.Path(path)
-  if not (path / "settings.json").is_file():
+  path = data_path(path)
+  if not is_file(path / "settings.json"):
     raise InputError(
       f"proposal store {path}: no settings.json there; run the propose mode"
       " first, or correct the path."
@@ -134,36 +146,32 @@ def open_store(path: str | os.PathLike[str]) -> ProposalStore:
   return store
 
 
-def write_shard(path: pathlib.Path, images: list[tuple[str, bytes]]) -> None:
+def write_shard(path: AnyPath, images: list[tuple[str, bytes]]) -> None:
   """Writes encoded images and their ids as one file, whole or not at all.
 
   Args:
     path: the final name.
     images: (image id, `encode_proposals`) of each.
   """
-  temporary = path.with_name(path.name + ".tmp")
-  writer = array_record_module.ArrayRecordWriter(
-    os.fspath(temporary), "group_size:1"
-  )
-  for _, encoded in images:
-    writer.write(encoded)
-  writer.write(json.dumps([image_id for image_id, _ in images]).encode())
-  writer.close()
-  with temporary.open("rb") as file:
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  with written_whole(path) as draft:
+    writer = array_record_module.ArrayRecordWriter(
+      os.fspath(draft), "group_size:1"
+    )
+    for _, encoded in images:
+      writer.write(encoded)
+    writer.write(json.dumps([image_id for image_id, _ in images]).encode())
+    writer.close()
 
 
-def claim_store(path: pathlib.Path, made_with: dict[str, Any]) -> None:
+def claim_store(path: AnyPath, made_with: dict[str, Any]) -> None:
   """Makes the folder, and says in it what it is made with.
 
   Raises:
     InputError: it was made with something else.
   """
-  path.mkdir(parents=True, exist_ok=True)
   wanted = {"format": FORMAT, "made_with": made_with}
   file = path / "settings.json"
-  if file.exists():
+  if is_file(file):
     found = _read_settings(path)
     if found != wanted:
       raise InputError(
@@ -171,23 +179,22 @@ def claim_store(path: pathlib.Path, made_with: dict[str, Any]) -> None:
         " or choose another folder."
       )
     return
-  temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-  temporary.write_text(json.dumps(wanted, indent=2) + "\n")
-  os.replace(temporary, file)
+  write_file(file, json.dumps(wanted, indent=2) + "\n")
 
 
-def _read_settings(path: pathlib.Path) -> dict:
+def _read_settings(path: AnyPath) -> dict:
   try:
-    return dict(json.loads((path / "settings.json").read_text()))
+    return dict(json.loads(read_file(path / "settings.json")))
   except (TypeError, ValueError) as error:
     raise InputError(
       f"proposal store {path}: settings.json is damaged: {error}; {REMEDY}."
     ) from error
 
 
-def shard_paths(path: pathlib.Path) -> list[pathlib.Path]:
+def shard_paths(path: AnyPath) -> list[AnyPath]:
   """The complete files of a store, in order."""
-  return sorted(path.glob("proposals-[0-9]*[0-9].array_record"))
+  pattern = "proposals-[0-9]*[0-9].array_record"
+  return [path / name for name in fnmatch.filter(names_in(path), pattern)]
 
 
 def image_places(

@@ -18,6 +18,7 @@ from jtsm_jax.data.prepare import prepare
 from jtsm_jax.data.prepared import open_prepared
 from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.types import Categories, InputError, Segment
+from tests.data.buckets import plain, upload
 
 MINI = pathlib.Path(__file__).parents[2].parent / "shared/data/coco_mini"
 needs_mini = pytest.mark.skipif(
@@ -265,6 +266,17 @@ def test_training_opens_no_masks(root, monkeypatch, kind):
     assert {path.parent for path in opened} == {root / "train2017"}
     with pytest.raises((AssertionError, InputError), match="a mask was made"):
       source.splits["val"][0]
+
+
+@pytest.mark.parametrize("kind", ["panoptic", "instances"])
+def test_coco_in_a_bucket(root, bucket, kind):
+  make = getattr(coco, f"coco_{kind}_source")
+  url = upload(root, bucket)
+  assert plain(make(str(url))) == plain(make(root))
+  (image,) = (p for p in root.glob("train2017/*") if p.stem.endswith("1"))
+  bucket.fs.rm(f"{url.path}/train2017/{image.name}")
+  with pytest.raises(InputError, match=f"lacks 1 of .*{image.name}"):
+    make(url)
 
 
 def test_training_needs_no_masks(root):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from jtsm_jax.data import folder, panoptic_files, prepare, prepared
 from jtsm_jax.types import InputError, PanopticMap, Segment
+from tests.data.buckets import plain, upload
 
 CLASSES = [
   {"id": 5, "name": "sky", "isthing": 0},
@@ -533,3 +534,40 @@ def test_image_that_vanishes(root):
   (root / "images" / "b c.png").unlink()
   with pytest.raises(InputError, match=r"b c\.png: cannot be read"):
     list(source.splits["train"])
+
+
+@pytest.mark.parametrize("kind", ["panoptic", "labels"])
+def test_a_folder_in_a_bucket(root, bucket, kind, capsys):
+  if kind == "labels":
+    for path in ("panoptic_val.json", "panoptic_val"):
+      (root / path).rename(root.parent / path)
+    (root / "labels_val").mkdir()
+    for name in "vw":
+      labels = Image.fromarray(np.full((6, 8), 5, np.uint8))
+      labels.save(root / "labels_val" / f"{name}.png")
+  wanted = plain(folder.folder_source(root))
+  url = upload(root, bucket)
+  assert plain(folder.folder_source(str(url))) == wanted
+  assert capsys.readouterr().err == ""  # no file is unused
+  table = url / "train_tags.csv"
+  for name, message in {
+    "A.jpg": r"'A\.jpg' is not in .*did you mean 'a\.jpg'",
+    "../images/a.jpg": r"leaves the folder",
+    "memory://bucket/mine/images/a.jpg": r"is not in",
+  }.items():
+    bucket.fs.pipe_file(table.path, f"image,tags\n{name},cow\n".encode())
+    with pytest.raises(InputError, match=message):
+      folder.folder_source(url)
+  with pytest.raises(InputError, match="memory://bucket/none: no such folder"):
+    folder.folder_source(bucket / "none")
+
+
+def test_images_of_a_bucket_are_predicted(root, bucket):
+  here = folder.ImageFolder(root / "images", num_classes=3)
+  (root / "images" / "notes.txt").write_text("none")
+  there = folder.ImageFolder(upload(root / "images", bucket), num_classes=3)
+  assert there.image_ids == here.image_ids
+  assert there.names == ("a.jpg", "b c.png", "v.png", "w.png")
+  assert [r.image for r in there] == [r.image for r in here]
+  with pytest.raises(InputError, match="no such folder; --input wants"):
+    folder.ImageFolder("memory://bucket/none", num_classes=3)

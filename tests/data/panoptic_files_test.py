@@ -233,25 +233,6 @@ def test_link_that_leaves_the_folder(tmp_path, linked):
     )
 
 
-def test_safe_paths(tmp_path):
-  (tmp_path / "folder" / "inner").mkdir(parents=True)
-  link = tmp_path / "link"
-  link.symlink_to(tmp_path / "folder")
-  (link / "near").symlink_to("inner")
-  (link / "loop").symlink_to("loop")
-  for name in ("a.png", "inner/a..png", "near/a.png", "./a", "loop"):
-    path = panoptic_files.safe_path(link, name, "here")
-    assert path == link / name
-  for name in ("..", "inner/../a", "/a", "//a", "", ".", "a\0", "\ud800", 5):
-    with pytest.raises(InputError, match=r"^here: .* give a path relative"):
-      panoptic_files.safe_path(link, name, "here")
-  # A name that only begins like the folder's lies outside, too.
-  (tmp_path / "folder2").mkdir()
-  (link / "twin").symlink_to(tmp_path / "folder2")
-  with pytest.raises(InputError, match="'twin/a' is a link that leaves"):
-    panoptic_files.safe_path(link, "twin/a", "here")
-
-
 def test_png_is_measured_before_it_is_decoded(tmp_path, monkeypatch):
   write(tmp_path)
 
@@ -276,17 +257,6 @@ def test_png_is_measured_before_it_is_decoded(tmp_path, monkeypatch):
     look_up(width=3)
   with pytest.raises(InputError, match=r"3 x 3 pixels are more than .* 8;"):
     look_up(width=None)
-
-
-def test_json_with_a_byte_order_mark_and_with_twins(tmp_path):
-  path = tmp_path / "a.json"
-  path.write_bytes(b'\xef\xbb\xbf{"a": {"b": 1, "b": 2}}')
-  assert panoptic_files.read_json(path) == {"a": {"b": 2}}
-  with pytest.raises(InputError, match=r"a\.json: the key 'b' occurs twice"):
-    panoptic_files.read_json(path, unique_keys=True)
-  path.write_text("[" * 100_000)
-  with pytest.raises(InputError, match="is no readable JSON"):
-    panoptic_files.read_json(path)
 
 
 def test_faults_of_the_files(tmp_path):

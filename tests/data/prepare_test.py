@@ -11,12 +11,14 @@ import time
 
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from jtsm_jax.data import prepare as preparation
 from jtsm_jax.data import prepared
 from jtsm_jax.data.audit import audit
 from jtsm_jax.data.coco import coco_panoptic_source
+from jtsm_jax.data.files import file_names, read_file, write_file
 from jtsm_jax.data.panoptic_files import write_panoptic
 from jtsm_jax.data.prepare import prepare
 from jtsm_jax.data.shapes import shapes_source
@@ -35,7 +37,7 @@ def directory(tmp_path):
 def test_training_target_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"'v0' has ground truth.*target=None"):
     prepare(source(train=VAL), tmp_path / "data")
-  assert not (tmp_path / "data").exists()
+  assert not prepared.is_prepared(tmp_path / "data")
 
 
 def test_without_validation(tmp_path):
@@ -66,7 +68,7 @@ def test_too_many_bad_images_abort(monkeypatch, tmp_path, piece):
   bad = [Record(f"bad{i}", b"", 0, 0, (0,)) for i in range(2)]
   with pytest.raises(InputError, match=r"2 of 9 .*0\.01.*\n  bad0: .*empty"):
     prepare(source(train=bad + TRAIN), tmp_path / "data")
-  assert not (tmp_path / "data").exists()
+  assert not prepared.is_prepared(tmp_path / "data")
   prepare(
     source(train=bad + TRAIN),
     tmp_path / "data",
@@ -95,7 +97,7 @@ def test_empty_splits(tmp_path):
 def test_wrong_records(tmp_path, record, error, message):
   with pytest.raises(error, match=message):
     prepare(source(train=[*TRAIN, record]), tmp_path / "data")
-  assert not (tmp_path / "data").exists()
+  assert not prepared.is_prepared(tmp_path / "data")
 
 
 def test_target_of_another_size(tmp_path):
@@ -110,31 +112,22 @@ def test_image_of_another_size_than_its_record(tmp_path):
     prepare(source(val=val), tmp_path / "data")
 
 
-def test_a_failure_leaves_the_old_data_set(directory):
-  def read(i):
-    if i == 3:
-      raise RuntimeError("the disk is gone")
-    return TRAIN[i]
-
-  with pytest.raises(RuntimeError, match="the disk is gone"):
-    prepare(source(train=LazyRecords(4, read)), directory, overwrite=True)
-  assert len(prepared.open_prepared(directory).splits["train"]) == 4
-
-
 def test_existing_directories(directory, tmp_path):
-  with pytest.raises(InputError, match="overwrite=True"):
-    prepare(source(), directory)
-  prepare(source(train=TRAIN[:1]), directory, overwrite=True)
-  assert len(prepared.open_prepared(directory).splits["train"]) == 1
+  for again in (source(), source(train=TRAIN[:1])):
+    with pytest.raises(InputError, match="holds a prepared data set already"):
+      prepare(again, directory)
+  assert len(prepared.open_prepared(directory).splits["train"]) == 4
   other = tmp_path / "other"
   other.mkdir()
   (other / "thesis.txt").write_text("precious")
   with pytest.raises(InputError, match="choose another directory"):
-    prepare(source(), other, overwrite=True)
-  assert (other / "thesis.txt").read_text() == "precious"
-  (other / "thesis.txt").unlink()
+    prepare(source(), other)
+  assert [path.name for path in other.iterdir()] == ["thesis.txt"]
+  (other / "thesis.txt").rename(tmp_path / "file")
   prepare(source(), other)  # An empty directory will do.
   assert prepared.is_prepared(other)
+  with pytest.raises(InputError, match="is no folder"):
+    prepare(source(), tmp_path / "file")
 
 
 def test_fingerprint_changes_with_ids_and_images_only(tmp_path):
@@ -173,20 +166,77 @@ def content(directory):
   return seen
 
 
-def test_pieces_and_shards_make_no_difference(monkeypatch, tmp_path):
+@pytest.fixture(params=["local", "bucket"])
+def place(request, tmp_path, bucket):
+  """Where a data set may be prepared."""
+  return tmp_path / "place" if request.param == "local" else bucket / "place"
+
+
+def test_pieces_and_shards_make_no_difference(monkeypatch, tmp_path, place):
   assert prepare(source(), tmp_path / "whole")
   wanted = content(tmp_path / "whole")
   monkeypatch.setattr(preparation, "PIECE", 2)
-  assert prepare(source(), tmp_path / "pieces")
-  assert content(tmp_path / "pieces") == wanted
-  path = tmp_path / "shards"
+  assert prepare(source(), place / "pieces")
+  assert content(place / "pieces") == wanted
+  path = place / "shards"
   for shard in (2, 0, 2):
     assert not prepare(source(), path, shard=shard, num_shards=3)
     assert not prepared.is_prepared(path)
+    with pytest.raises(InputError, match=r"prepared\.json is missing"):
+      prepared.open_prepared(path)
   assert prepare(source(), path, shard=1, num_shards=3)
   assert content(path) == wanted
+  assert audit(path).faults == verify(path) == []
   with pytest.raises(ValueError, match="shard is 3"):
     prepare(source(), tmp_path / "none", shard=3, num_shards=3)
+
+
+STEPS = (
+  *("write_file", "_claim", "_pieces", "_write_pieces", "_write_piece"),
+  *("complete", "_complete", "_write_index", "_write_metadata"),
+)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("other", [0, 1])
+def test_shards_may_work_at_the_same_time(
+  monkeypatch, tmp_path, place, step, other
+):
+  """Before a step of shard 1, shard 0 or shard 1 is run by somebody else."""
+  prepare(source(), tmp_path / "whole")
+  monkeypatch.setattr(preparation, "PIECE", 2)
+  if other == 1:
+    prepare(source(), place, shard=0, num_shards=2)
+  real = getattr(preparation, step)
+
+  def overtaken(*args, **kwargs):
+    monkeypatch.setattr(preparation, step, real)
+    prepare(source(), place, shard=other, num_shards=2)
+    return real(*args, **kwargs)
+
+  monkeypatch.setattr(preparation, step, overtaken)
+  done = prepare(source(), place, shard=1, num_shards=2)
+  assert done == prepared.is_prepared(place)
+  if not done:
+    assert prepare(source(), place, shard=0, num_shards=2)
+  assert content(place) == content(tmp_path / "whole")
+  assert audit(place).faults == []
+
+
+def test_a_shard_that_comes_late_changes_nothing(monkeypatch, place):
+  monkeypatch.setattr(preparation, "PIECE", 2)
+  prepare(source(), place)
+  before = file_names(place)
+  preparation.write_shard(
+    source(), place, max_bad_fraction=0, shard=1, num_shards=2
+  )
+  assert file_names(place) == before
+  # What a kill at the very end leaves.
+  write_file(place / "incomplete" / "train-00000.json", "{}")
+  write_file(place / "images" / "data-train.partial-1", "")
+  assert len(audit(place).faults) == 2
+  preparation.remove_leftovers(place)
+  assert file_names(place) == before
 
 
 def test_what_is_written_is_not_read_again(monkeypatch, tmp_path):
@@ -211,12 +261,33 @@ def test_what_is_written_is_not_read_again(monkeypatch, tmp_path):
   assert content(tmp_path / "data") == content(tmp_path / "whole")
 
 
-def test_what_is_of_other_data_is_not_used(monkeypatch, tmp_path, capsys):
+def test_what_is_of_other_data_is_not_used(
+  monkeypatch, tmp_path, place, capsys
+):
   monkeypatch.setattr(preparation, "PIECE", 1)
-  prepare(source(), tmp_path / "data", shard=0, num_shards=2)
-  prepare(source(val=None), tmp_path / "data")
+
+  def fail(*args):
+    raise RuntimeError("the disk is gone")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(preparation, "_write_metadata", fail)
+    with pytest.raises(RuntimeError, match="disk"):
+      prepare(source(), place)
+  assert not prepared.is_prepared(place)
+  prepare(source(val=None), place)
   assert "starting anew" in capsys.readouterr().err
   prepare(source(val=None), tmp_path / "whole")
+  assert content(place) == content(tmp_path / "whole")
+  assert audit(place).faults == []
+
+
+def test_other_sizes_of_pieces_are_not_mixed(monkeypatch, tmp_path, capsys):
+  monkeypatch.setattr(preparation, "PIECE", 1)
+  prepare(source(), tmp_path / "data", shard=0, num_shards=2)
+  monkeypatch.setattr(preparation, "PIECE", 3)
+  prepare(source(), tmp_path / "data")
+  assert "starting anew" in capsys.readouterr().err
+  prepare(source(), tmp_path / "whole")
   assert content(tmp_path / "data") == content(tmp_path / "whole")
 
 
@@ -240,24 +311,86 @@ prepare.prepare(Source("shapes", whole.categories, splits), sys.argv[1])
 def test_a_kill_loses_nothing_that_is_written(tmp_path):
   command = [sys.executable, "-c", SLOW, str(tmp_path / "data")]
   process = subprocess.Popen(command, stdout=subprocess.PIPE)
-  pieces = tmp_path / ".data.incomplete" / "pieces"
+  pieces = tmp_path / "data" / "incomplete"
   process.stdout.readline()
-  while len(list(pieces.glob("*.json"))) < 2:
+  while len(list(pieces.glob("*-0*.json"))) < 2:
     assert process.poll() is None
     time.sleep(0.01)
   os.kill(process.pid, signal.SIGKILL)
   process.communicate()
-  written = sorted(pieces.glob("*.json"))
+  written = sorted(pieces.glob("*-0*.json"))
   assert 2 <= len(written) < 15
   for path in written:
     assert json.loads(path.read_text())["image_ids"]
+  assert not prepared.is_prepared(tmp_path / "data")
   subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+  assert audit(tmp_path / "data").faults == []
   data = prepared.open_prepared(tmp_path / "data")
   assert len(data.splits["train"]) == 12
   whole = shapes_source(num_train=12, num_val=3, side=64)
   for name, split in whole.splits.items():
     for i, record in enumerate(split):
       assert data.splits[name][i].image == record.image
+
+
+def test_a_bucket_that_fails_on_the_way(monkeypatch, bucket, tmp_path):
+  """Nothing but what is missing is made again."""
+  monkeypatch.setattr(preparation, "PIECE", 1)
+  written = []
+  real = MemoryFileSystem.put_file
+
+  def put_file(self, draft, path, **kwargs):
+    if len(written) == 9:
+      raise ConnectionError("reset by peer")
+    written.append(path)
+    real(self, draft, path, **kwargs)
+
+  monkeypatch.setattr(MemoryFileSystem, "put_file", put_file)
+  with pytest.raises(InputError, match=r"cannot be written .*reset by peer"):
+    prepare(source(), bucket)
+  assert not prepared.is_prepared(bucket)
+  first = {path for path in written if "incomplete" in path}
+  assert len(first) > 3
+  written.clear()
+  monkeypatch.setattr(MemoryFileSystem, "put_file", real)
+
+  def watched(self, draft, path, **kwargs):
+    written.append(path)
+    real(self, draft, path, **kwargs)
+
+  monkeypatch.setattr(MemoryFileSystem, "put_file", watched)
+  prepare(source(), bucket)
+  assert not first & set(written)
+  assert written[-1] == f"{bucket.path}/prepared.json"
+  prepare(source(), tmp_path / "whole")
+  assert content(bucket) == content(tmp_path / "whole")
+
+
+def test_an_image_that_a_bucket_does_not_deliver_is_not_quarantined(
+  monkeypatch, bucket, tmp_path
+):
+  for record in TRAIN:
+    write_file(bucket / record.image_id, record.image)
+
+  def read(i):
+    image = read_file(bucket / TRAIN[i].image_id)
+    return dataclasses.replace(TRAIN[i], image=image)
+
+  remote = source(train=LazyRecords(len(TRAIN), read))
+  real = MemoryFileSystem.cat_file
+
+  def cat_file(self, path, **kwargs):
+    if path.endswith(TRAIN[1].image_id):
+      raise ConnectionError("reset by peer")
+    return real(self, path, **kwargs)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    with pytest.raises(InputError, match=r"t-1\.x: cannot be read .*by peer"):
+      prepare(remote, tmp_path / "data")
+  prepare(remote, tmp_path / "data")
+  prepare(source(), tmp_path / "whole")
+  assert content(tmp_path / "data") == content(tmp_path / "whole")
 
 
 def test_coco_comes_out_as_it_went_in(tmp_path):

@@ -4,15 +4,18 @@ import dataclasses
 import io
 import json
 import pathlib
+import pickle
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
-from jtsm_jax.data import prepared
+from jtsm_jax.data import files, prepared
+from jtsm_jax.data import prepare as preparation
 from jtsm_jax.data.prepare import prepare
 from jtsm_jax.types import InputError
 from tests.data.small_set import (
@@ -165,6 +168,46 @@ def test_faults_when_opening(directory, tmp_path):
   (directory / "train_index.npz").write_bytes(b"PK nothing")
   with pytest.raises(InputError, match=r"train_index\.npz: cannot be read"):
     prepared.open_prepared(directory)
+
+
+def test_only_what_is_read_is_fetched_from_a_bucket(bucket, monkeypatch):
+  monkeypatch.setattr(preparation, "PIECE", 1)
+  prepare(source(), bucket)
+
+  def fetched():
+    copies = files.cache_folder()
+    names = [name for name in files.file_names(copies) if "data-" in name]
+    return {name.partition("data-")[2] for name in names if name[-1].isdigit()}
+
+  data = prepared.open_prepared(bucket)
+  assert [len(s) for s in data.splits.values()] == [4, 3]
+  assert fetched() == set()
+  train = pickle.loads(pickle.dumps(data.splits["train"]))
+  assert train[2].image == TRAIN[2].image
+  assert fetched() == {"train.array_record-00002-of-00004"}
+  assert data.splits["val"].target(2).segments == TARGET.segments
+  assert data.splits["val"].target(1) is None
+  assert len(fetched()) == 2
+  assert [r.image for r in train] == [r.image for r in TRAIN]
+  assert len(fetched()) == 5
+  bucket.fs.rm(f"{bucket.path}/panoptic", recursive=True)
+  val = prepared.open_prepared(bucket).splits["val"]
+  assert val[0].image == VAL[0].image
+  with pytest.raises(InputError, match="panoptic: cannot be opened"):
+    val.target(0)
+
+
+def test_a_bucket_that_cannot_be_reached_is_not_an_empty_one(
+  bucket, monkeypatch
+):
+  assert not prepared.is_prepared(bucket)
+
+  def fail(*args, **kwargs):
+    raise ConnectionError("no route")
+
+  monkeypatch.setattr(MemoryFileSystem, "cat_file", fail)
+  with pytest.raises(InputError, match=r"prepared\.json: .*no route"):
+    prepared.is_prepared(bucket)
 
 
 def test_tfds_reads_it_too(directory):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from jtsm_jax.data import voc
 from jtsm_jax.types import InputError, Segment
+from tests.data.buckets import plain, upload
 
 AEROPLANE, BIRD, CAT, COW, DOG, PERSON, BACKGROUND = 0, 2, 7, 9, 11, 14, 20
 REAL = pathlib.Path(__file__).parents[3] / "shared" / "data" / "VOCdevkit"
@@ -935,3 +936,20 @@ def test_real_images():
     assert len(boxes)
     assert (boxes[:, :2] >= 0).all()
     assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+def test_voc_in_a_bucket(root, bucket):
+  url = upload(root, bucket)
+  for make in (detection, panoptic):
+    assert plain(make(str(url))) == plain(make(root))
+  with pytest.raises(InputError, match=r"memory://bucket/none: no such folder"):
+    panoptic("memory://bucket/none")
+
+
+def test_sbd_in_a_bucket(devkit, bucket):
+  url = upload(devkit, bucket)
+  for source in ("voc", "sbd"):
+    found = augmented(url, annotation_source=source)
+    assert plain(found) == plain(augmented(devkit, annotation_source=source))
+  with pytest.raises(InputError, match=r"memory://bucket/none: does not hold"):
+    augmented(url, sbd="memory://bucket/none")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import cv2
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
+from jtsm_jax.data import files
 from jtsm_jax.proposals import fill_store as lib
 from jtsm_jax.proposals import generate, store
 from jtsm_jax.types import InputError, Record
@@ -75,12 +78,13 @@ def test_shards_and_resume_make_only_what_is_missing(tmp_path, monkeypatch):
   assert len(store.open_store(tmp_path)) == 5  # the interrupted shard too
 
   # What a kill leaves: a shard that was not renamed.
-  (tmp_path / "proposals-0000-00003.array_record.tmp").write_bytes(b"half")
+  stale = "proposals-0000-00003.array_record.partial-1"
+  (tmp_path / stale).write_bytes(b"half")
   monkeypatch.setattr(generate, "propose", real)
   assert len(store.open_store(tmp_path)) == 5
   done = fill(source, tmp_path)
   assert (done.made, done.kept) == (2, 5)
-  assert not list(tmp_path.glob("*.tmp"))
+  assert not list(tmp_path.glob("*.partial-*"))
   found = store.open_store(tmp_path)
   assert sorted(found.ids) == [r.image_id for r in source]
   for record in source:
@@ -141,11 +145,76 @@ def test_shards_share_the_work(tmp_path):
   source = make_source(7)
   for shard in (2, 0, 1):
     done = fill(source, tmp_path, shard=shard, num_shards=3)
-    assert done.made == (3, 2, 2)[shard]
+    assert done.made == (2, 2, 3)[shard]
   found = store.open_store(tmp_path)
   for record in source:
     assert_equal(found.get(record.image_id), expected(record))
   assert fill(source, tmp_path).kept == 7
+
+
+def test_the_images_of_a_shard_are_neighbours(tmp_path):
+  source = make_source(5)
+  fill(source, tmp_path, shard=1, num_shards=2)
+  assert store.open_store(tmp_path).ids == ("im-2", "im-3", "im-4")
+
+
+def test_a_store_in_a_bucket(bucket, monkeypatch):
+  monkeypatch.setattr(lib, "SHARD_SIZE", 2)
+  source = make_source(7, broken=[1])
+  done = fill(source, bucket, shard=1, num_shards=2)
+  assert (done.made, done.kept) == (4, 0)
+  done = fill(source, bucket, shard=0, num_shards=2)
+  assert done.quarantined == ("im-1",)
+  lines = files.read_file(bucket / "quarantine-0000.txt").decode()
+  assert lines.startswith("im-1\t")
+  found = store.open_store(bucket)
+  for record in source[:1] + source[2:]:
+    assert_equal(found.get(record.image_id), expected(record))
+  copy = pickle.loads(pickle.dumps(found))
+  assert_equal(copy.get("im-3"), expected(source[3]))
+  # A shard knows its own files, a run without shards all of them.
+  done = fill(source, bucket, shard=1, num_shards=2)
+  assert (done.made, done.kept) == (0, 4)
+  assert fill(make_source(7), bucket).made == 1
+  assert len(store.open_store(bucket)) == 7
+  with pytest.raises(InputError, match=r"max_proposals.*delete the folder"):
+    fill(source, bucket, generate.ProposalSettings())
+
+
+def test_two_runs_of_one_shard_in_a_bucket_lose_nothing(bucket, monkeypatch):
+  """There is no lock; here each thinks that it begins."""
+  monkeypatch.setattr(lib, "SHARD_SIZE", 2)
+  source, real = make_source(5), generate.propose
+
+  def overtaken(*args):
+    monkeypatch.setattr(generate, "propose", real)
+    assert fill(Images(source[:3]), bucket).made == 3
+    return real(*args)
+
+  monkeypatch.setattr(generate, "propose", overtaken)
+  assert fill(source, bucket).made == 5
+  found = store.open_store(bucket)
+  for record in source:
+    assert_equal(found.get(record.image_id), expected(record))
+
+
+def test_a_bucket_that_fails_on_the_way(bucket, monkeypatch):
+  monkeypatch.setattr(lib, "SHARD_SIZE", 2)
+  source, written = make_source(5), []
+  real = MemoryFileSystem.put_file
+
+  def put_file(self, draft, path, **kwargs):
+    if len(written) == 2:
+      raise ConnectionError("reset by peer")
+    written.append(path)
+    real(self, draft, path, **kwargs)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(MemoryFileSystem, "put_file", put_file)
+    with pytest.raises(InputError, match=r"cannot be written .*reset by peer"):
+      fill(source, bucket)
+  done = fill(source, bucket)
+  assert (done.made, done.kept) == (3, 2)
 
 
 @pytest.mark.parametrize(("shard", "num_shards"), [(-1, 2), (2, 2), (0, 0)])
