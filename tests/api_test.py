@@ -14,7 +14,6 @@ MODULES = sorted(
 )
 TESTED_ELSEWHERE = {
   "jtsm_jax/train/loop.py": "tests/end_to_end_test.py",
-  "jtsm_jax/evaluation/evaluate.py": "tests/end_to_end_test.py",
   # Data types: every test makes some.
   "jtsm_jax/types.py": "tests/data/panoptic_files_test.py",
   # The implementations of one operator, compared with each other.
@@ -30,6 +29,7 @@ TESTED_ELSEWHERE = {
     )
     for name in ("tpu", "triton", "mosaic_gpu")
   },
+  "jtsm_jax/evaluation/tables.py": "tests/evaluation/evaluate_test.py",
   "pallas_kernels/roi_pool.py": (
     "tests/pallas_kernels/moi_pool/moi_pool_test.py"
   ),
