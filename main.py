@@ -43,7 +43,8 @@ _MODE = flags.DEFINE_enum(
 _INPUT = flags.DEFINE_string(
   "input",
   None,
-  "Folder of images to predict, or its URL, for --mode=predict.",
+  "For --mode=predict: a folder of images, one image, or a pattern in quotes"
+  " such as 'photos/**/*.jpg'; or its URL.",
 )
 _SHARD = flags.DEFINE_integer(
   "shard",
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> None:
     if not flag.value:
       _fail(f"--{flag.name} is missing; see --help")
   if _MODE.value == "predict" and not _INPUT.value:
-    _fail("--mode=predict needs --input=FOLDER")
+    _fail("--mode=predict needs --input=FOLDER, an image or a pattern")
   if _NUM_SHARDS.value != 1 and _MODE.value not in ("prepare", "propose"):
     _fail("--num_shards is for --mode=prepare and --mode=propose")
   if not 0 <= _SHARD.value < _NUM_SHARDS.value:

@@ -6,6 +6,7 @@ configuration is read and handed on as plain arguments.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -22,7 +23,7 @@ import numpy as np
 from absl import logging
 
 from jtsm_jax.beam import run_shards
-from jtsm_jax.console import say
+from jtsm_jax.console import progress, say
 from jtsm_jax.data import coco, folder, prepared, shapes, voc
 from jtsm_jax.data import prepare as preparation
 from jtsm_jax.data.audit import audit, audit_table, class_table
@@ -31,9 +32,11 @@ from jtsm_jax.data.files import (
   PathOrUrl,
   data_path,
   folder_name,
+  is_folder,
   is_local,
+  read_bytes,
 )
-from jtsm_jax.data.panoptic_files import write_panoptic
+from jtsm_jax.data.image_files import ImageFiles, digest, find_images
 from jtsm_jax.data.pipeline import with_fallback
 from jtsm_jax.data.prepared import PreparedData
 from jtsm_jax.data.source import Source
@@ -69,8 +72,12 @@ from jtsm_jax.proposals.fill_store import Maker, fill_store, generator
 from jtsm_jax.proposals.generate import ProposalSettings, preset_settings
 from jtsm_jax.reporting import proposal_quality, stages
 from jtsm_jax.reporting.export import export_model
-from jtsm_jax.reporting.predictions import collect, write_prediction
-from jtsm_jax.reporting.visualize import overlay_panoptic, write_image
+from jtsm_jax.reporting.predictions import (
+  collect,
+  is_done,
+  write_prediction,
+)
+from jtsm_jax.reporting.visualize import write_image
 from jtsm_jax.train import build, checkpoints
 from jtsm_jax.train.loop import train
 from jtsm_jax.train.state import TrainState
@@ -135,7 +142,7 @@ def run(
     workdir: folder of the run; made if absent.
     mode: "all", "prepare", "audit", "verify", "propose", "proposal_quality",
       "train", "evaluate", "predict" or "export".
-    images: folder of images or its URL, for "predict".
+    images: folder, pattern or file of images, or its URL, for "predict".
     shard, num_shards: which part of the images, for "prepare" and "propose".
     beam: options of an Apache Beam pipeline that does all parts; "" for none.
 
@@ -150,7 +157,7 @@ def run(
   build.check_fields(config)  # wrong ones now, not after the proposals
   claim_workdir(workdir, config)
   if mode == "predict":
-    return predict_folder(config, workdir, images)
+    return predict_images(config, workdir, images)
   if mode == "export":
     return export(config, workdir)
   shards = dict(shard=shard, num_shards=num_shards, beam=beam)
@@ -770,7 +777,13 @@ def run_evaluation(
 def _made_with(config: Config, step: int) -> dict[str, Any]:
   """What a calibration depends on: the weights, and how scores are made."""
   names = ("calibrate", "canvases", "flip", "mil_share")
-  values = {"step": step} | {name: config.evaluation[name] for name in names}
+  values = {name: config.evaluation[name] for name in names}
+  return {"step": step} | _jsonable(values)
+
+
+def _jsonable(values: Any) -> dict[str, Any]:
+  """Settings as they come back from a JSON file."""
+  values = values.to_dict() if isinstance(values, Config) else values
   return json.loads(json.dumps(values))
 
 
@@ -789,51 +802,80 @@ def _print_next(workdir: pathlib.Path) -> None:
   )
 
 
-def predict_folder(
-  config: Config, workdir: pathlib.Path, images: PathOrUrl
+def predict_images(
+  config: Config, workdir: pathlib.Path, where: PathOrUrl
 ) -> None:
-  """Predicts a folder of images: COCO panoptic PNG + JSON and overlays."""
+  """Predicts images, one after the other; those that are done are skipped.
+
+  Args:
+    config: see configs/base.py.
+    workdir: folder of the run; the results lie in its folder "predictions".
+    where: see `data.image_files.find_images`.
+  """
   directory = prepared_directory(config, workdir)
   categories = prepared.open_prepared(directory).categories
-  images = data_path(images)
-  source = folder.ImageFolder(images, num_classes=len(categories))
-  output = workdir / "predictions" / folder_name(images.resolve())
+  files = find_images(where)
+  place = data_path(where)
+  if not is_folder(place):
+    place = next(iter(files.values())).parent
+  output = workdir / "predictions" / folder_name(place)
   maker = proposal_maker(config)
-  path = output / "proposals" / maker.key
-  _fill(config, source, path, maker)
-  store = stores.open_store(path)
-  model, variables, calibration = _trained(config, workdir, categories)
-  predictions = predict(
-    _steps(config, model, variables),
-    source,
-    store,
-    calibration=calibration,
-    num_things=categories.num_things,
-    settings=prediction_settings(config),
-  )
+  step, model, variables, calibration = _trained(config, workdir, categories)
+  settings = _jsonable(config.evaluation) | {"proposals": maker.key}
 
-  def results():
-    for prediction in predictions:
-      name = source.stems[prediction.index]
-      image = decode_image(source[prediction.index].image)
-      write_image(
-        output / "overlays" / f"{name}.jpg",
-        overlay_panoptic(image, prediction.panoptic, categories),
+  def made_with(data: bytes) -> dict[str, Any]:
+    return {"step": step, "image": digest(data), "settings": settings}
+
+  todo = {}
+  for name, path in progress(files.items(), "look", unit="image"):
+    with contextlib.suppress(OSError):  # is reported below
+      if is_done(output, name, made_with=made_with(read_bytes(path))):
+        continue
+    todo[name] = path
+  print(f"predict: {len(files)} images, {len(files) - len(todo)} of them done")
+  source = ImageFiles(todo, num_classes=len(categories))
+  if len(source):
+    path = output / "proposals" / maker.key
+    _fill(config, source, path, maker)
+    for prediction in predict(
+      _steps(config, model, variables),
+      source,
+      stores.open_store(path),
+      calibration=calibration,
+      num_things=categories.num_things,
+      settings=prediction_settings(config),
+    ):
+      n = prediction.index
+      data = source[n].image
+      write_prediction(
+        output,
+        source.names[n],
+        prediction,
+        categories,
+        image=decode_image(data),
+        file_name=source.paths[n].name,
+        made_with=made_with(data),
       )
-      yield name, source.names[prediction.index], prediction.panoptic
-
-  write_panoptic(
-    output / "panoptic.json", output / "panoptic", results(), categories
+  whole = [name for name in files if name not in source.left_out]
+  if not whole:
+    raise InputError(f"{where}: no image can be decoded, see above")
+  collect(output, whole, categories)
+  if source.left_out:
+    print(f"left out   {len(source.left_out)} images, see above")
+  print(
+    f"panoptic   {output / 'panoptic.json'} and {output / 'panoptic'}\n"
+    f"classes    {output / 'classes'}, named in {output / 'classes.json'}\n"
+    f"instances  {output / 'instances.json'}\n"
+    f"boxes      {output / 'detections.json'}\n"
+    f"overlays   {output / 'overlays'}"
   )
-  print(f"panoptic   {output / 'panoptic.json'} and {output / 'panoptic'}")
-  print(f"overlays   {output / 'overlays'}")
 
 
 def export(config: Config, workdir: pathlib.Path) -> None:
   """Writes the trained model as files that jax and numpy alone can run."""
   directory = prepared_directory(config, workdir)
   categories = prepared.open_prepared(directory).categories
-  model, variables, calibration = _trained(config, workdir, categories)
+  _, model, variables, calibration = _trained(config, workdir, categories)
   settings = prediction_settings(config)
   output = workdir / "export"
   export_model(
@@ -856,7 +898,7 @@ def export(config: Config, workdir: pathlib.Path) -> None:
 
 
 def _trained(config, workdir, categories):
-  """The model, its last weights and its calibration."""
+  """The last step, the model, its weights and its calibration."""
   model = build.build_model(config, categories)
   step, variables = checkpoints.restore_variables(workdir / "checkpoints")
   variables = jax.device_put(variables)  # once, not with every batch
@@ -867,4 +909,4 @@ def _trained(config, workdir, categories):
       categories,
       made_with=_made_with(config, step),
     )
-  return model, variables, calibration
+  return step, model, variables, calibration

@@ -286,7 +286,9 @@ def test_predict_a_folder(finished, run, tmp_path):
   results = finished[0] / "predictions" / "holiday"
   content = check_panoptic(results, sizes)
   last = [line.split()[0] for line in out.splitlines() if line]
-  assert last == ["panoptic", "overlays"]
+  assert last == [
+    "predict:", "left", "panoptic", "classes", "instances", "boxes", "overlays"
+  ]  # fmt: skip
 
   # Again, with another picture in the place of one of them.
   Image.new("RGB", (30, 20)).save(images / "a.jpg")
@@ -295,6 +297,30 @@ def test_predict_a_folder(finished, run, tmp_path):
   assert again["annotations"][1:] == content["annotations"][1:]
   assert "propose: 1/3" not in err  # the others were not proposed again
   assert "propose" in err
+
+  # Once more: nothing is left to do, and nothing changes.
+  before = {p: p.stat().st_mtime_ns for p in results.rglob("*.*")}
+  (images / "broken.jpg").unlink()
+  out, err = run(finished[0], "--mode=predict", f"--input={images}")
+  assert "predict: 3 images, 3 of them done" in out
+  assert "propose" not in err
+  after = {p: p.stat().st_mtime_ns for p in results.rglob("*.*")}
+  assert {p for p in after if after[p] != before.get(p)} == {
+    results / f"{name}.json"
+    for name in ("panoptic", "instances", "detections", "classes")
+  }
+
+
+def test_predict_a_pattern_or_an_image(finished, run, tmp_path):
+  for n in range(3):
+    Image.new("RGB", (40, 30), (80 * n, 90, 20)).save(tmp_path / f"p{n}.png")
+  run(finished[0], "--mode=predict", f"--input={tmp_path}/p[01].png")
+  results = finished[0] / "predictions" / tmp_path.name
+  assert len(list((results / "records").iterdir())) == 2
+  out, _ = run(finished[0], "--mode=predict", f"--input={tmp_path}/p1.png")
+  assert "predict: 1 images, 1 of them done" in out
+  content = json.loads((results / "panoptic.json").read_text())
+  assert [x["file_name"] for x in content["images"]] == ["p1.png"]
 
 
 def check_panoptic(results, sizes):
@@ -602,7 +628,10 @@ def test_an_image_that_the_store_lacks_is_proposed(
     (["--speed=9"], "Unknown command line flag 'speed'"),
     (["--mode=fly"], "value should be one of <all|prepare|"),
     (["fly"], "unknown argument 'fly'"),
-    (["--mode=predict"], "--mode=predict needs --input=FOLDER"),
+    (
+      ["--mode=predict"],
+      "--mode=predict needs --input=FOLDER, an image or a pattern",
+    ),
   ],
 )
 def test_wrong_flags(flags, message, tmp_path):
@@ -711,8 +740,8 @@ def test_nothing_to_predict(finished, fault, tmp_path):
   empty = tmp_path / "empty"
   empty.mkdir()
   for images, message in (
-    (empty, "holds no readable image"),
-    (tmp_path / "nowhere", "no such folder"),
+    (empty, "there is no image"),
+    (tmp_path / "nowhere", "no such file or folder"),
   ):
     got = fault(finished[0], "--mode=predict", f"--input={images}")
     assert f"{images}: {message}" in got

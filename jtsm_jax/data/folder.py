@@ -21,7 +21,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import difflib
-import hashlib
 import io
 import re
 import sys
@@ -50,7 +49,7 @@ from jtsm_jax.data.files import (
 from jtsm_jax.data.json_files import read_json
 from jtsm_jax.data.panoptic_files import read_panoptic
 from jtsm_jax.data.source import LazyRecords, Source
-from jtsm_jax.data.transforms import MAX_PIXELS, decode_image
+from jtsm_jax.data.transforms import MAX_PIXELS
 from jtsm_jax.types import (
   VOID,
   Categories,
@@ -451,71 +450,3 @@ def _check_ids(train: list[FolderEntry], val: list[FolderEntry]) -> None:
         f" {entry.image_id!r}; rename one (the ending and characters other than"
         " letters, digits, '.', '_' and '-' do not count)"
       )
-
-
-class ImageFolder:
-  """The images of a folder without any labels, for prediction.
-
-  Has what a `RecordSource` has. An image that cannot be decoded is left out,
-  with a message.
-
-  Attributes:
-    image_ids: N unique strings, which change with the content of a file.
-    names: N file names in the folder.
-    stems: N unique names without the ending, safe as file names.
-    sizes: [N, 2] int32, height and width after EXIF rotation, pixels.
-    tags: [N, K] float32, all 0: nothing is known.
-  """
-
-  def __init__(self, folder: PathOrUrl, *, num_classes: int):
-    """Lists and decodes every image of `folder`, without its subfolders.
-
-    Raises:
-      InputError: there is no such folder, or no image in it.
-    """
-    folder = data_path(folder)
-    if not is_folder(folder):
-      raise InputError(f"{folder}: no such folder; --input wants one of images")
-    kept, digests, self.sizes = [], [], []
-    for path in map(folder.joinpath, names_in(folder)):
-      if path.suffix.lower() not in _IMAGE_SUFFIXES:
-        continue
-      try:
-        data = read_bytes(path)
-        image = decode_image(data, name=str(path))
-      except (InputError, OSError) as error:
-        print(f"left out: {error}", file=sys.stderr)
-        continue
-      kept.append(path)
-      digests.append(hashlib.sha256(data).hexdigest()[:16])
-      self.sizes.append(image.shape[:2])
-    if not kept:
-      raise InputError(
-        f"{folder}: holds no readable image ({', '.join(_IMAGE_SUFFIXES)})"
-      )
-    self._paths = kept
-    self.sizes = np.array(self.sizes, np.int32)
-    self.names = tuple(path.name for path in kept)
-    self.stems = tuple(_image_id(name) for name in self.names)
-    # Proposals are filed under these, and a file may be replaced by another.
-    self.image_ids = tuple(
-      f"{stem}-{digest}"
-      for stem, digest in zip(self.stems, digests, strict=True)
-    )
-    self.tags = np.zeros((len(kept), num_classes), np.float32)
-    if len(set(self.stems)) < len(kept):
-      raise InputError(
-        f"{folder}: two images differ only in the ending of their names; "
-        "rename one"
-      )
-
-  def __len__(self) -> int:
-    return len(self._paths)
-
-  def __getitem__(self, i: int) -> Record:
-    height, width = (int(n) for n in self.sizes[i])
-    data = read_file(self._paths[i])
-    return Record(self.image_ids[i], data, height, width, ())
-
-
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")

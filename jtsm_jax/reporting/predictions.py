@@ -15,10 +15,8 @@ bytes need not be predicted again.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +25,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from jtsm_jax.data.files import write_file
 from jtsm_jax.data.panoptic_files import encode_ids, panoptic_annotation
 from jtsm_jax.evaluation.predict import Prediction
 from jtsm_jax.reporting.visualize import (
@@ -89,7 +88,7 @@ def write_prediction(
       zip(categories.names, prediction.image_scores.tolist(), strict=True)
     ),
   }
-  _write_text(folder / "records" / f"{name}.json", json.dumps(record))
+  write_file(folder / "records" / f"{name}.json", json.dumps(record))
 
 
 def is_done(
@@ -122,12 +121,7 @@ def collect(
     "classes.json": categories.to_list(),
   }
   for name, content in files.items():
-    _write_text(folder / name, json.dumps(content))
-
-
-def digest(data: bytes) -> str:
-  """SHA-256 of a file, for `made_with`."""
-  return hashlib.sha256(data).hexdigest()
+    write_file(folder / name, json.dumps(content))
 
 
 def class_map(panoptic: PanopticMap, num_classes: int) -> np.ndarray:
@@ -185,16 +179,4 @@ def _write_png(
     image.putpalette(colours.tobytes())
   data = io.BytesIO()
   image.save(data, format="PNG")
-  _write_bytes(path, data.getvalue())
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-  _write_bytes(path, text.encode())
-
-
-def _write_bytes(path: pathlib.Path, data: bytes) -> None:
-  """The file appears only when it is complete."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  draft.write_bytes(data)
-  os.replace(draft, path)
+  write_file(path, data.getvalue())

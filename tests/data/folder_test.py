@@ -560,14 +560,3 @@ def test_a_folder_in_a_bucket(root, bucket, kind, capsys):
       folder.folder_source(url)
   with pytest.raises(InputError, match="memory://bucket/none: no such folder"):
     folder.folder_source(bucket / "none")
-
-
-def test_images_of_a_bucket_are_predicted(root, bucket):
-  here = folder.ImageFolder(root / "images", num_classes=3)
-  (root / "images" / "notes.txt").write_text("none")
-  there = folder.ImageFolder(upload(root / "images", bucket), num_classes=3)
-  assert there.image_ids == here.image_ids
-  assert there.names == ("a.jpg", "b c.png", "v.png", "w.png")
-  assert [r.image for r in there] == [r.image for r in here]
-  with pytest.raises(InputError, match="no such folder; --input wants"):
-    folder.ImageFolder("memory://bucket/none", num_classes=3)

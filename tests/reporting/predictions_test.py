@@ -140,20 +140,28 @@ def test_done_only_with_the_same_makings(tmp_path):
   assert not predictions.is_done(tmp_path, "a", made_with=MADE_WITH)
 
 
-def test_every_file_is_whole_when_it_appears(tmp_path, monkeypatch):
-  """Killed at any moment: no file with a final name, or a whole one."""
-  names, replace = [], predictions.os.replace
+def test_the_record_comes_last_and_vouches_for_the_others(
+  tmp_path, monkeypatch
+):
+  """Killed after any file, an image is done again."""
+  for allowed in range(4):
+    left = [allowed]
 
-  def note(draft, path):
-    names.append(path.relative_to(tmp_path).as_posix())
-    return replace(draft, path)
+    def stop(write, left=left):
+      def limited(*args):
+        if not left[0]:
+          raise KeyboardInterrupt
+        left[0] -= 1
+        return write(*args)
 
-  monkeypatch.setattr(predictions.os, "replace", note)
+      return limited
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+      for name in ("write_file", "write_image"):
+        patch.setattr(predictions, name, stop(getattr(predictions, name)))
+      write(tmp_path)
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(files) == allowed
+    assert not predictions.is_done(tmp_path, "a", made_with=MADE_WITH)
   write(tmp_path)
-  files = {
-    p.relative_to(tmp_path).as_posix()
-    for p in tmp_path.rglob("*")
-    if p.is_file()
-  }
-  assert files == set(names)
-  assert names[-1] == "records/a.json"  # it vouches for the others
+  assert predictions.is_done(tmp_path, "a", made_with=MADE_WITH)

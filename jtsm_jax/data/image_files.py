@@ -1,0 +1,143 @@
+"""Images without any labels, for prediction."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from jtsm_jax.console import progress
+from jtsm_jax.data.files import (
+  AnyPath,
+  PathOrUrl,
+  data_path,
+  is_file,
+  is_folder,
+  is_local,
+  names_in,
+  read_bytes,
+  read_file,
+)
+from jtsm_jax.data.transforms import decode_image
+from jtsm_jax.types import InputError, Record
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def find_images(where: PathOrUrl) -> dict[str, AnyPath]:
+  """The image files of a folder, of a pattern, or one of them.
+
+  Args:
+    where: a folder, whose own images count, without those of its subfolders; a
+      pattern with `*`, `?` or `[...]`, where `**` stands for any folders; or a
+      file. A local path or a URL.
+
+  Returns:
+    The files by their names, which tell them apart and are safe as file names:
+    the path without the ending, from the folder that all of them share.
+
+  Raises:
+    InputError: there is no such file or folder, or no image in it, or two have
+      one name.
+  """
+  path = data_path(where)
+  if is_file(path):
+    found = [path]
+  elif is_folder(path):
+    found = [path / name for name in names_in(path)]
+  elif glob.has_magic(str(where)):
+    found = _matches(path)
+  else:
+    raise InputError(
+      f"{where}: no such file or folder; --input wants a folder of images, an"
+      " image, or a pattern in quotes, such as 'photos/**/*.jpg'"
+    )
+  found = [file for file in found if file.suffix.lower() in SUFFIXES]
+  if not found:
+    raise InputError(f"{where}: there is no image ({', '.join(SUFFIXES)})")
+  parents = [file.parent.parts for file in found]
+  levels = zip(*parents, strict=False)
+  shared = len([*itertools.takewhile(lambda x: len({*x}) == 1, levels)])
+  named: dict[str, AnyPath] = {}
+  for file in found:
+    name = _safe("_".join([*file.parent.parts[shared:], file.stem]))
+    if name in named:
+      raise InputError(
+        f"{file} and {named[name]} would both be called {name!r}; rename one"
+        " (the ending and characters other than letters, digits, '.', '_' and"
+        " '-' do not count)"
+      )
+    named[name] = file
+  return named
+
+
+def _matches(pattern: AnyPath) -> list[AnyPath]:
+  if is_local(pattern):
+    names = sorted(glob.glob(str(pattern), recursive=True))
+    return [pathlib.Path(name) for name in names if os.path.isfile(name)]
+  found = sorted(pattern.fs.glob(pattern.path))
+  return [pattern.with_segments(pattern.fs.unstrip_protocol(n)) for n in found]
+
+
+def _safe(name: str) -> str:
+  safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+  return safe if safe[0] not in ".-" else f"_{safe}"
+
+
+class ImageFiles:
+  """Image files with what a `RecordSource` has, but tags.
+
+  An image that cannot be decoded is left out, with a message.
+
+  Attributes:
+    names: N names, the keys of `find_images`.
+    image_ids: N unique strings, which change with the content of a file.
+    paths: N files.
+    sizes: [N, 2] int32, height and width after EXIF rotation, pixels.
+    tags: [N, K] float32, all 0: nothing is known.
+    left_out: names of the files that cannot be decoded.
+  """
+
+  def __init__(self, files: dict[str, AnyPath], *, num_classes: int):
+    """Reads and decodes every file."""
+    self.left_out: list[str] = []
+    kept: list[tuple[str, AnyPath, str]] = []
+    sizes: list[Sequence[int]] = []
+    bar = progress(files.items(), "read", total=len(files), unit="image")
+    for name, path in bar:
+      try:
+        data = read_bytes(path)
+        image = decode_image(data, name=str(path))
+      except (InputError, OSError) as error:
+        print(f"left out: {error}", file=sys.stderr)
+        self.left_out.append(name)
+        continue
+      kept.append((name, path, digest(data)))
+      sizes.append(image.shape[:2])
+    self.names = tuple(name for name, _, _ in kept)
+    self.paths = tuple(path for _, path, _ in kept)
+    # Proposals are filed under these, and a file may be replaced by another.
+    self.image_ids = tuple(f"{name}-{key[:16]}" for name, _, key in kept)
+    self.sizes = np.array(sizes, np.int32).reshape(-1, 2)
+    self.tags = np.zeros((len(kept), num_classes), np.float32)
+
+  def __len__(self) -> int:
+    return len(self.names)
+
+  def __getitem__(self, i: int) -> Record:
+    height, width = (int(n) for n in self.sizes[i])
+    return Record(
+      self.image_ids[i], read_file(self.paths[i]), height, width, ()
+    )
+
+
+def digest(data: bytes) -> str:
+  """SHA-256 of the bytes of a file."""
+  return hashlib.sha256(data).hexdigest()

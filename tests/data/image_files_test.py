@@ -1,0 +1,116 @@
+"""Tests of the images to predict: which they are, and what they are called."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jtsm_jax.data import image_files
+from jtsm_jax.types import InputError
+
+
+def png(size=(4, 6), seed=0):
+  rng = np.random.default_rng(seed)
+  data = io.BytesIO()
+  pixels = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+  Image.fromarray(pixels).save(data, format="PNG")
+  return data.getvalue()
+
+
+@pytest.fixture
+def root(tmp_path):
+  for n, name in enumerate(("b c.png", "a.PNG", "sub/a.png", "sub/x/-d.jpg")):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(seed=n))
+  (tmp_path / "notes.txt").write_text("none")
+  (tmp_path / "folder.png").mkdir()
+  return tmp_path
+
+
+def names(where, root):
+  found = image_files.find_images(where)
+  return {n: p.relative_to(root).as_posix() for n, p in found.items()}
+
+
+def test_a_folder_without_its_subfolders(root):
+  (root / "folder.png").rmdir()
+  assert names(root, root) == {"a": "a.PNG", "b_c": "b c.png"}
+
+
+def test_one_image(root):
+  assert names(root / "sub" / "a.png", root) == {"a": "sub/a.png"}
+
+
+def test_patterns(root):
+  assert names(f"{root}/sub/*", root) == {"a": "sub/a.png"}
+  assert names(f"{root}/**/[ab]*", root) == {
+    "a": "a.PNG",
+    "b_c": "b c.png",
+    "sub_a": "sub/a.png",
+  }
+  assert names(f"{root}/*/x/*", root) == {"_-d": "sub/x/-d.jpg"}
+
+
+def test_a_pattern_in_a_bucket(root, bucket):
+  for path in root.rglob("*"):
+    if path.is_file():
+      name = path.relative_to(root).as_posix()
+      bucket.fs.pipe_file(f"{bucket.path}/{name}", path.read_bytes())
+  found = image_files.find_images(f"{bucket}/**/*.png")
+  assert set(found) == {"b_c", "sub_a"}
+  source = image_files.ImageFiles(found, num_classes=2)
+  assert source[source.names.index("sub_a")].image == png(seed=2)
+  assert set(image_files.find_images(str(bucket))) == {"a", "b_c"}
+  with pytest.raises(InputError, match="no such file or folder"):
+    image_files.find_images("memory://bucket/none")
+
+
+@pytest.mark.parametrize(
+  ("where", "message"),
+  [
+    ("none", r"none: no such file or folder; --input wants"),
+    ("folder.png", r"folder.png: there is no image \(\.jpg,"),
+    ("notes.txt", "there is no image"),
+    ("*.gif", "there is no image"),
+  ],
+)
+def test_nothing_to_predict(root, where, message):
+  with pytest.raises(InputError, match=message):
+    image_files.find_images(root / where)
+
+
+def test_two_of_one_name(root):
+  (root / "b_c.jpg").write_bytes(png())
+  with pytest.raises(InputError, match="would both be called 'b_c'"):
+    image_files.find_images(f"{root}/*.*g")
+
+
+def test_bad_images_are_left_out_with_a_message(root, capsys):
+  (root / "cut.png").write_bytes(png()[:50])
+  (root / "empty.jpg").write_bytes(b"")
+  files = image_files.find_images(f"{root}/*.*")
+  files["gone"] = root / "gone.png"
+  source = image_files.ImageFiles(files, num_classes=3)
+  assert source.names == ("a", "b_c")
+  assert source.left_out == ["cut", "empty", "gone"]
+  err = capsys.readouterr().err
+  for name in ("cut.png", "empty.jpg", "gone.png"):
+    assert f"left out: {root / name}" in err or name in err
+  assert source.sizes.tolist() == [[4, 6], [4, 6]]
+  assert source.tags.shape == (2, 3)
+
+
+def test_ids_change_with_the_content(root):
+  files = image_files.find_images(root / "sub")
+  before = image_files.ImageFiles(files, num_classes=1).image_ids
+  assert image_files.ImageFiles(files, num_classes=1).image_ids == before
+  (root / "sub" / "a.png").write_bytes(png(seed=9))
+  assert image_files.ImageFiles(files, num_classes=1).image_ids != before
+
+
+def test_none_at_all():
+  source = image_files.ImageFiles({}, num_classes=2)
+  assert len(source) == 0
+  assert source.sizes.shape == (0, 2)
