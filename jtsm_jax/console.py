@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import tqdm
@@ -30,7 +30,10 @@ def progress(
     initial: items done before, by the run that this one goes on from.
     unit: name of one item.
   """
+  if total is None and isinstance(iterable, Sized):
+    total = len(iterable)
   shared = {
+    "disable": total == 0,  # there is nothing to tell
     "iterable": iterable,
     "desc": description,
     "total": total,

@@ -23,6 +23,7 @@ import numpy as np
 import safetensors.numpy
 from jax import export as jax_export
 
+from jtsm_jax.data.files import write_file
 from jtsm_jax.evaluation.inference import (
   Scores,
   Steps,
@@ -61,14 +62,14 @@ def export_model(
     mil_share: see `inference.make_score_step`.
     description: what model.json is to tell beside the arguments.
   """
-  folder.mkdir(parents=True, exist_ok=True)
   flat = flax.traverse_util.flatten_dict(jax.device_get(variables), sep="/")
   weights = {
     name: np.asarray(value)
     for name, value in flat.items()
     if not name.startswith("params/tag_head/")  # of the warm-up alone
   }
-  safetensors.numpy.save_file(weights, folder / "weights.safetensors")
+  data = safetensors.numpy.save(weights)
+  write_file(folder / "weights.safetensors", data)
   score = make_score_step(model, mil_share=mil_share)
   masks = make_mask_step(model) if model.instance is not None else None
 
@@ -85,7 +86,7 @@ def export_model(
   def write(name, function, inputs):
     exported = jax_export.export(jax.jit(function), platforms=PLATFORMS)
     data = exported(weights, inputs).serialize()
-    (folder / f"{name}.stablehlo").write_bytes(data)
+    write_file(folder / f"{name}.stablehlo", bytes(data))
     signatures[name] = _signature(inputs)
 
   for height, width in canvases:
@@ -100,7 +101,7 @@ def export_model(
       }
       write(f"masks-{height}x{width}", mask_boxes, boxes)
   content = {"format": FORMAT, "functions": signatures} | description
-  (folder / "model.json").write_text(json.dumps(content, indent=1))
+  write_file(folder / "model.json", json.dumps(content, indent=1))
 
 
 def load_exported(folder: pathlib.Path) -> Steps:
