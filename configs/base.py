@@ -154,6 +154,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.weight_decay = 5e-4
   c.train.bias_lr_factor = 1.0  # 2 in the authors' code
   c.train.log_every = 20
+  c.train.images_every = 1000  # pictures of what is mined, in TensorBoard
   c.train.checkpoint_every = 1000
   c.train.evaluate_every = 5000
   c.train.loader_threads = 2  # that make batches

@@ -93,6 +93,7 @@ FREE_FIELDS = (
   "backbone.cache_dir",
   "reestimation.threads",
   "train.log_every",
+  "train.images_every",
   "train.checkpoint_every",
   "train.evaluate_every",
   "train.loader_threads",
@@ -123,6 +124,9 @@ DATA_SETS = (
   "coco_panoptic",
   "coco_instances",
 )
+
+
+PICTURES_OF_EVALUATION = 4  # in TensorBoard, while it trains
 
 
 def run(
@@ -613,15 +617,23 @@ def run_training(
   def evaluate_state(state: TrainState) -> dict[str, float]:
     args = config, workdir, model, state.variables, data, store
     calibration = _calibrate(*args)
+    pictures = {}
+
+    def draw(prediction):
+      if len(pictures) < PICTURES_OF_EVALUATION:
+        name, sheet = _prediction_sheet(data, store, prediction)
+        pictures[f"val/{name}"] = sheet
+
     result = evaluate(
       _predictions(*args, calibration),
       data.splits["val"],
       data.categories,
       task=config.task,
       voc_metric=config.evaluation.voc_metric,
+      on_prediction=draw,
     )
     say(final_table(result))
-    return main_measures(result)
+    return main_measures(result), pictures
 
   train(
     config,
@@ -635,9 +647,14 @@ def run_training(
   )
 
 
-def _draw_mined(directory, data, get_proposals, batch, mined, futures) -> None:
-  """One picture for each image of a training batch; see `train.loop.train`."""
-  source = data.splits["train"]
+def _draw_mined(
+  directory, data, get_proposals, batch, mined, futures
+) -> dict[str, np.ndarray]:
+  """One picture for each image of a training batch; see `train.loop.train`.
+
+  They lie in `directory` until the next ones come.
+  """
+  source, sheets = data.splits["train"], {}
   for i, index in enumerate(batch.image_index):
     if index < 0:
       continue
@@ -649,8 +666,28 @@ def _draw_mined(directory, data, get_proposals, batch, mined, futures) -> None:
       mask = futures[i][m].result() if futures else None
       segment = proposals.mask(mined.proposal[i, m])
       rows.append((mined.category[i, m], segment, mask))
-    sheet = stages.mining_sheet(image, rows, data.categories)
+    sheets[image_id] = stages.mining_sheet(image, rows, data.categories)
+  for old in directory.glob("*.jpg"):
+    old.unlink()
+  for image_id, sheet in sheets.items():
     write_image(directory / f"{image_id}.jpg", sheet)
+  return {f"mining/{n}": sheet for n, sheet in enumerate(sheets.values())}
+
+
+def _prediction_sheet(data, store, prediction) -> tuple[str, np.ndarray]:
+  """The id of a validation image, and all that there is to see of it."""
+  source = data.splits["val"]
+  image_id = source.image_ids[prediction.index]
+  image = decode_image(source[prediction.index].image)
+  proposals = with_fallback(store)(image_id, image.shape[:2])
+  sheet = stages.prediction_sheet(
+    image,
+    proposals,
+    prediction.panoptic,
+    source.target(prediction.index),
+    data.categories,
+  )
+  return image_id, sheet
 
 
 def _steps(config, model, variables) -> Steps:
@@ -716,9 +753,7 @@ def run_evaluation(
     _print_next(workdir)
     return
   source = data.splits["val"]
-  get_proposals = with_fallback(store)
   shown = max(len(source) // max(config.evaluation.pictures, 1), 1)
-
   predicted = []
 
   def keep(prediction):
@@ -734,16 +769,9 @@ def run_evaluation(
       file_name=f"{name}.jpg",
       made_with=_made_with(config, step),
     )
-    if not config.evaluation.pictures or prediction.index % shown:
-      return
-    sheet = stages.prediction_sheet(
-      image,
-      get_proposals(name, image.shape[:2]),
-      prediction.panoptic,
-      source.target(prediction.index),
-      data.categories,
-    )
-    write_image(folder_ / "overlays" / f"{name}.jpg", sheet)
+    if config.evaluation.pictures and prediction.index % shown == 0:
+      name, sheet = _prediction_sheet(data, store, prediction)
+      write_image(folder_ / "overlays" / f"{name}.jpg", sheet)
 
   result = evaluate(
     _predictions(*args, calibration),

@@ -147,6 +147,38 @@ def test_a_run_evaluates_every_class(finished):
     assert name in out
 
 
+@pytest.mark.parametrize("task", ["instance", "detection"])
+def test_the_other_tasks(task, run, fault, tmp_path):
+  workdir = tmp_path / "run"
+  out, _ = run(workdir, f"--config.task={task}", "--config.train.steps=9")
+  assert "12 train, 6 val images, 8 classes" in out  # no stuff
+  metrics = json.loads((workdir / "evaluation" / "metrics.json").read_text())
+  assert metrics["task"] == task
+  assert len(metrics["voc"]["per_class"]) == 8
+  assert 0 <= metrics["coco"]["ap"] <= 100
+  main = {"instance": "map50", "detection": "map"}[task]
+  logged = lines(workdir)
+  assert [x["step"] for x in logged if f"val/{main}" in x] == [8]
+  terms = {k for x in logged for k in x if k.startswith("loss/")}
+  assert "loss/semantic" not in terms
+  assert ("loss/instance" in terms) == (task == "instance")
+  message = fault(workdir)
+  assert f"config.task = 'panoptic', there '{task}'" in message
+
+
+def test_a_trained_model_is_exported(finished, run):
+  out, _ = run(finished[0], "--mode=export")
+  folder = finished[0] / "export"
+  assert f"model      {folder} (docs/export.md" in out
+  content = json.loads((folder / "model.json").read_text())
+  assert set(content["functions"]) == {"score-64x64", "masks-64x64"}
+  assert [c["name"] for c in content["classes"]] == list(
+    SHAPES_CATEGORIES.names
+  )
+  assert len(content["calibration"]["tag_threshold"]) == 12
+  assert (folder / "score-64x64.stablehlo").stat().st_size > 1000
+
+
 def test_a_run_logs_each_interval_once(finished):
   logged = lines(finished[0])
   steps = [x["step"] for x in logged if "loss/total" in x]

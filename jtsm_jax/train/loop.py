@@ -8,6 +8,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import ml_collections
@@ -28,8 +29,9 @@ from jtsm_jax.train.sharding import make_mesh, put_batch, replicated
 from jtsm_jax.train.state import TrainState, create_state
 from jtsm_jax.types import Batch, InputError, Mined
 
-Evaluate = Callable[[TrainState], dict[str, float]]
-ShowMined = Callable[[Batch, Mined, reestimation.Futures | None], None]
+Pictures = dict[str, np.ndarray]
+Evaluate = Callable[[TrainState], tuple[dict[str, float], Pictures]]
+ShowMined = Callable[[Batch, Mined, reestimation.Futures | None], Pictures]
 
 
 def train(
@@ -51,9 +53,10 @@ def train(
     data: the split "train" is read.
     store: proposals of its images.
     evaluate: called every `config.train.evaluate_every` steps; returns metrics,
-      whose first one decides the best checkpoint.
-    show_mined: called in the last step with a batch, its mined segments and,
-      with branches, the futures of their masks.
+      whose first one decides the best checkpoint, and pictures.
+    show_mined: called every `config.train.images_every` steps and in the last
+      one, with a batch, its mined segments and, with branches, the futures of
+      their masks; returns pictures.
 
   Returns:
     The state after the last step.
@@ -216,6 +219,10 @@ def train(
   # The steps.
   writer = MetricWriter(workdir, active=jax.process_index() == 0)
   writer.truncate_after(first_step)
+  if not first_step:
+    best = {"panoptic": "pq", "instance": "map50", "detection": "map"}
+    measures = [f"val/{best[config.task]}"] if evaluate else []
+    writer.describe(_flat(config), measures=["loss/total", *measures])
   meter = Meter()
   bar = progress(
     description="train", total=last_step, initial=first_step, unit="step"
@@ -249,8 +256,10 @@ def train(
           grads.append(branch_grads)
           metrics |= branch_metrics
       state = apply_gradients(state, *grads)
-      if show_mined is not None and step + 1 == last_step:
-        show_mined(batch, mined, futures)
+      if show_mined is not None and (
+        (step + 1) % config.train.images_every == 0 or step + 1 == last_step
+      ):
+        writer.write_images(step + 1, show_mined(batch, mined, futures))
     meter.add(metrics)
     bar.update()
 
@@ -269,8 +278,9 @@ def train(
       done % config.train.evaluate_every == 0
       and warm_up_steps < done < last_step
     ):
-      evaluated = evaluate(state)
+      evaluated, pictures = evaluate(state)
       writer.write(done, {f"val/{k}": v for k, v in evaluated.items()})
+      writer.write_images(done, pictures)
     if (
       done % config.train.checkpoint_every == 0
       or evaluated is not None
@@ -289,6 +299,19 @@ def train(
   writer.close()
   manager.close()
   return state
+
+
+def _flat(
+  config: ml_collections.ConfigDict, prefix: str = ""
+) -> dict[str, Any]:
+  """Field -> value, such as "train.steps" -> 1000."""
+  flat = {}
+  for name, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      flat |= _flat(value, f"{prefix}{name}.")
+    else:
+      flat[prefix + name] = value
+  return flat
 
 
 class Meter:

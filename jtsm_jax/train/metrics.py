@@ -7,11 +7,12 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorboardX
+from tensorboardX.summary import hparams
 
 from jtsm_jax.types import InputError
 
@@ -73,6 +74,40 @@ class MetricWriter:
     self._file.flush()
     for name, number in numbers.items():
       self._tensorboard().add_scalar(name, number, int(step))
+
+  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    """Shows pictures in TensorBoard.
+
+    Args:
+      step: of the training.
+      images: name -> [H, W, 3] uint8 RGB; "/" groups names.
+    """
+    if not self._active:
+      return
+    for name, image in images.items():
+      self._tensorboard().add_image(name, image, int(step), dataformats="HWC")
+
+  def describe(
+    self, settings: Mapping[str, Any], *, measures: Sequence[str]
+  ) -> None:
+    """Shows the settings of the run in TensorBoard, as text and as hparams.
+
+    Args:
+      settings: name -> value, "." groups names.
+      measures: names of `write` to compare runs by.
+    """
+    if not self._active:
+      return
+    events = self._tensorboard()
+    rows = [f"| {name} | `{value!r}` |" for name, value in settings.items()]
+    table = "\n".join(["| field | value |", "| --- | --- |", *rows])
+    events.add_text("config", table, 0)
+    plain = {
+      name: value if isinstance(value, int | float | str) else repr(value)
+      for name, value in settings.items()
+    }
+    for part in hparams(plain, dict.fromkeys(measures, 0.0)):
+      events.file_writer.add_summary(part)
 
   def truncate_after(self, step: int) -> None:
     """Drops what was written for steps later than `step`.

@@ -1,10 +1,12 @@
 """metrics.jsonl read back with json, event files with tensorboardX's protos."""
 
+import io
 import json
 import struct
 
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.proto import event_pb2
 
 from jtsm_jax.train.metrics import MetricWriter
@@ -49,6 +51,34 @@ def test_written_values_are_on_disk_at_once_and_in_tensorboard(tmp_path):
     (3, "loss/mil", 0.5),
     (3, "rate", pytest.approx(1e-3)),
   ]
+
+
+def test_pictures_and_settings_are_in_tensorboard(tmp_path):
+  writer = MetricWriter(tmp_path)
+  writer.describe({"seed": 3, "data.sizes": (4, 8)}, measures=["val/pq"])
+  picture = np.zeros((5, 7, 3), np.uint8)
+  picture[1, 2] = 9, 200, 30
+  writer.write_images(6, {"mining/0": picture})
+  writer.close()
+  values = {
+    value.tag: (event.step, value)
+    for event in read_events(tmp_path)
+    for value in event.summary.value
+  }
+  step, image = values["mining/0"]
+  assert step == 6
+  with Image.open(io.BytesIO(image.image.encoded_image_string)) as found:
+    np.testing.assert_array_equal(np.asarray(found), picture)
+  text = values["config/text_summary"][1].tensor.string_val[0].decode()
+  assert "| seed | `3` |" in text
+  assert "| data.sizes | `(4, 8)` |" in text
+  data = values["_hparams_/session_start_info"][1]
+  content = data.metadata.plugin_data.content
+  assert b"data.sizes" in content
+  assert b"(4, 8)" in content
+  experiment = values["_hparams_/experiment"][1].metadata.plugin_data.content
+  assert b"val/pq" in experiment
+  assert not (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_not_finite_is_null_because_json_has_no_nan(tmp_path):
