@@ -183,7 +183,9 @@ def remove_leftovers(directory: PathOrUrl) -> None:
   still wrote a piece.
   """
   directory = data_path(directory)
-  for folder in (directory, *(directory / part for part in PARTS)):
+  if INCOMPLETE not in names_in(directory):
+    return  # A training looks no further: not even into the folders of masks.
+  for folder in (*(directory / part for part in PARTS), directory):
     for name in names_in(folder):
       if name == INCOMPLETE or ".partial-" in name:
         remove(folder / name)

@@ -299,8 +299,11 @@ def _stuff_map(scores, proposals, views, i, present, num_things, *, share):
       mirrored = shown[:, ::-1] if view.batch.flip[i] else shown
       probability += mirrored / len(views)
     stuff = share * probability + (1 - share) * stuff
-  stuff = stuff * present[num_things:]
-  label = np.where(stuff.max(-1) > 0, stuff.argmax(-1) + num_things, -1)
+  # A class of its own where there is nothing, or no stuff at all.
+  nothing = np.zeros((*stuff.shape[:2], 1), np.float32)
+  stuff = np.concatenate([nothing, stuff * present[num_things:]], axis=-1)
+  best = stuff.argmax(-1)
+  label = np.where(best > 0, best - 1 + num_things, -1)
   return label.astype(np.int32), stuff.max(-1)
 
 

@@ -80,6 +80,20 @@ def test_votes_decide_where_there_is_no_semantic_branch():
   assert (label == 2).all()
 
 
+def test_no_stuff_at_all():
+  label, score = predict_lib._stuff_map(
+    np.ones((2, 3), np.float32),
+    _halves(16, 32),
+    [_view(None)],
+    0,
+    np.ones(3, bool),
+    3,
+    share=1.0,
+  )
+  assert (label == -1).all()
+  assert (score == 0).all()
+
+
 class _Images:
   """A split of 3 random images, the last one upright."""
 
