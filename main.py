@@ -36,6 +36,7 @@ _MODE = flags.DEFINE_enum(
     "train",
     "evaluate",
     "predict",
+    "report",
   ],
   "What to do; 'all' does what is missing up to 'evaluate'.",
 )
