@@ -7,6 +7,7 @@ images that are shown, and on no others.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,10 +20,7 @@ import numpy as np
 
 from jtsm_jax.console import progress
 from jtsm_jax.data.panoptic_files import read_json, read_panoptic
-from jtsm_jax.data.pipeline import (
-  ProposalSource,
-  with_fallback,
-)
+from jtsm_jax.data.pipeline import ProposalSource, with_fallback
 from jtsm_jax.data.prepared import PreparedData, RecordSource
 from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.evaluation.panoptic_quality import PanopticQuality
@@ -123,6 +121,10 @@ def write_report(
   if val is not None and val.has_targets:
     metrics = read_metrics(workdir / "evaluation" / "metrics.json", step=step)
     folder = workdir / "evaluation" / "predictions"
+    if not (folder / "panoptic.json").is_file():
+      raise InputError(
+        f"{folder / 'panoptic.json'} is missing; run --mode=evaluate again"
+      )
     predicted = read_panoptic(
       folder / "panoptic.json", folder / "panoptic", data.categories
     )
@@ -347,9 +349,11 @@ def _validation_image(
   # The classes that the model holds for present, the surest first.
   present = [k for k in np.argsort(-scores.max(0)) if scores[:, k].max() > 0]
   for k in present[:CLASSES_SHOWN]:
-    pictures.append(
-      _scored_picture(drawer, image, proposals, scores[:, k], k, names[k])
+    picture = _scored_picture(
+      drawer, image, proposals, scores[:, k], k, names[k]
     )
+    caption = f"{names[k]}: {picture.caption}"
+    pictures.append(dataclasses.replace(picture, caption=caption))
   if len(present) > CLASSES_SHOWN:
     others = ", ".join(names[k] for k in present[CLASSES_SHOWN:])
     note = f"Without pictures: {others}."
@@ -379,7 +383,7 @@ def _validation_note(pq, shown, limit) -> str:
   count = len(pq)
   if not any(value is not None for value in pq):
     how = "spread evenly"
-    end = "A card shows photograph and prediction, where there is no mask."
+    end = "A card shows photograph and prediction."
   else:
     worst = limit - limit // 2
     how = f"the {worst} of lowest PQ, and others spread evenly over the rest"
@@ -552,14 +556,15 @@ def _scored_picture(
 ) -> Picture:
   proposals = proposals.best(len(scores))
   best = np.sort(scores[scores > 0])[::-1][:PROPOSALS_SHOWN]
+  title = f"Best {len(best)} of {len(scores)} proposals"
   values = "none has a score"
   if len(best):
     values = f"scores {best[0]:.2f} to {best[-1]:.2f}"
   return drawer.picture(
     f"proposals-{category}",
     draw_scores(image, proposals, scores, PROPOSALS_SHOWN),
-    f"{name}: best {len(best)} of {len(scores)} proposals, {values}",
-    f"{name}, best {len(best)} of {len(scores)} proposals, {values}",
+    f"{title}, {values}",
+    f"{title} of {name}, {values}",
   )
 
 

@@ -210,8 +210,8 @@ def test_scored_proposals_are_those_of_the_model(workdir, data):
   ]
   first, second = data.categories.names[3], data.categories.names[0]
   assert [p["caption"] for p in proposals["pictures"]] == [
-    f"{first}: best 1 of 4 proposals, scores 1.00 to 1.00",
-    f"{second}: best 3 of 4 proposals, scores 0.90 to 0.10",
+    f"{first}: Best 1 of 4 proposals, scores 1.00 to 1.00",
+    f"{second}: Best 3 of 4 proposals, scores 0.90 to 0.10",
   ]
 
 
@@ -243,8 +243,7 @@ def test_training_images(with_masks, workdir, data):
   assert (
     captions
     == [
-      f"{data.categories.names[tags[0]]}: best 4 of 4 proposals, scores 0.25 to"
-      " 0.25",
+      "Best 4 of 4 proposals, scores 0.25 to 0.25",
       "2 mined segments: 50 % of the image, score 0.75, 0.50",
       "2 pseudo masks: 50 % of the image",
     ][: 2 + with_masks]
@@ -313,6 +312,9 @@ def test_faults_name_the_remedy_and_keep_the_older_report(workdir, data):
   _, content, _ = run(workdir, data)  # over the older one, and the torn draft
   assert content["curves"] == []
   assert {p.name for p in workdir.glob("report*")} == {"report"}
+  (workdir / "evaluation" / "predictions" / "panoptic.json").unlink()
+  with pytest.raises(InputError, match=r"missing; run --mode=evaluate again"):
+    run(workdir, data)
   (workdir / "evaluation" / "metrics.json").write_text("{")
   with pytest.raises(InputError, match=r"metrics\.json is damaged"):
     run(workdir, data)
