@@ -37,6 +37,7 @@ _MODE = flags.DEFINE_enum(
     "evaluate",
     "predict",
     "export",
+    "report",
   ],
   "What to do; 'all' does what is missing up to 'evaluate'.",
 )

@@ -200,4 +200,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.evaluation.instance_overlap = 0.5
   c.evaluation.stuff_area = 4096 / (500 * 375)  # share of the image
   c.evaluation.pictures = 12
+
+  # The gallery of --mode=report.
+  c.report = ml_collections.ConfigDict()
+  c.report.images = 200  # validation images; the worst, and some of the others
+  c.report.train_images = 24  # whose mined segments are shown
   return c

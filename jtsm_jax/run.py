@@ -66,12 +66,15 @@ from jtsm_jax.evaluation.predict import (
   predict,
 )
 from jtsm_jax.evaluation.tables import final_table, main_measures
+from jtsm_jax.mining.labels import slots_needed
+from jtsm_jax.mining.masks import MaskReestimator
 from jtsm_jax.proposals import importers, quality
 from jtsm_jax.proposals import store as stores
 from jtsm_jax.proposals.fill_store import Maker, fill_store, generator
 from jtsm_jax.proposals.generate import ProposalSettings, preset_settings
-from jtsm_jax.reporting import proposal_quality, stages
+from jtsm_jax.reporting import proposal_quality, report, stages
 from jtsm_jax.reporting.export import export_model
+from jtsm_jax.reporting.mined_images import mine_images
 from jtsm_jax.reporting.predictions import (
   collect,
   is_done,
@@ -98,6 +101,7 @@ FREE_FIELDS = (
   "train.evaluate_every",
   "train.loader_threads",
   "evaluation",
+  "report",
 )
 """Fields that may change between two runs in one workdir."""
 
@@ -145,7 +149,7 @@ def run(
     config: see configs/base.py.
     workdir: folder of the run; made if absent.
     mode: "all", "prepare", "audit", "verify", "propose", "proposal_quality",
-      "train", "evaluate", "predict" or "export".
+      "train", "evaluate", "predict", "report" or "export".
     images: folder, pattern or file of images, or its URL, for "predict".
     shard, num_shards: which part of the images, for "prepare" and "propose".
     beam: options of an Apache Beam pipeline that does all parts; "" for none.
@@ -153,7 +157,8 @@ def run(
   Raises:
     InputError: a path, a file or a field of the configuration is at fault.
   """
-  if mode in ("evaluate", "predict", "export") and not _is_trained(workdir):
+  needs_weights = ("evaluate", "predict", "report", "export")
+  if mode in needs_weights and not _is_trained(workdir):
     raise InputError(
       f"{workdir / 'checkpoints'}: there are no checkpoints; train first "
       "(--mode=train), or check --workdir"
@@ -193,6 +198,8 @@ def run(
     run_training(config, workdir, data, store)
   if mode in ("all", "evaluate"):
     run_evaluation(config, workdir, data, store)
+  if mode == "report":
+    run_report(config, workdir, data, store)
   return None
 
 
@@ -800,6 +807,69 @@ def run_evaluation(
   if (workdir / "mining").is_dir():
     print(f"           {workdir / 'mining'}")
   _print_next(workdir)
+
+
+def run_report(
+  config: Config,
+  workdir: pathlib.Path,
+  data: PreparedData,
+  store: stores.ProposalStore,
+) -> None:
+  """Writes the gallery of a run that is trained and evaluated.
+
+  Raises:
+    InputError: it is not evaluated with its last weights.
+  """
+  categories, source = data.categories, data.splits["train"]
+  step, model, variables, calibration = _trained(config, workdir, categories)
+  settings = prediction_settings(config)
+  mining = build.mining_settings(
+    config,
+    num_things=categories.num_things,
+    num_slots=slots_needed(
+      source.tags,
+      num_things=categories.num_things,
+      segments_per_thing=config.mining.segments_per_thing,
+      segments_per_stuff=config.mining.segments_per_stuff,
+    ),
+  )
+  with MaskReestimator(
+    init=config.reestimation.init,
+    iterations=config.reestimation.iterations,
+    longest_side=config.reestimation.longest_side,
+    workers=config.reestimation.threads or os.cpu_count(),
+    cache_dir=workdir / "masks" / source.fingerprint / store.path.name,
+  ) as reestimator:
+    has_branches = model.instance is not None or model.semantic is not None
+    page = report.write_report(
+      workdir,
+      data,
+      store,
+      step=step,
+      predict=functools.partial(
+        predict,
+        _steps(config, model, variables),
+        store=store,
+        calibration=calibration,
+        num_things=categories.num_things,
+        settings=settings,
+      ),
+      mine=functools.partial(
+        mine_images,
+        model,
+        variables,
+        store=store,
+        settings=mining,
+        canvases=build.canvases(config, "data"),
+        batch_size=settings.batch_size,
+        max_proposals=settings.max_proposals,
+        max_superpixels=settings.max_superpixels,
+      ),
+      reestimator=reestimator if has_branches else None,
+      num_images=config.report.images,
+      num_train_images=config.report.train_images,
+    )
+  print(f"report     {page}")
 
 
 def _made_with(config: Config, step: int) -> dict[str, Any]:

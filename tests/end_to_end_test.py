@@ -238,6 +238,33 @@ def test_quality_of_the_proposals(finished, run):
   assert f"{things['J_i'][-1]:.3f}" in out
 
 
+def test_report(finished, run):
+  out, err = run(finished[0], "--mode=report", "--config.report.images=4")
+  assert progress_only(err), err
+  page = finished[0] / "report" / "index.html"
+  assert out.split()[-2:] == ["report", str(page)]
+  content = report_content(page)
+  metrics = json.loads((finished[0] / "evaluation/metrics.json").read_text())
+  assert content["metrics"] == metrics
+  shown = {s["key"]: s["images"] for s in content["sections"]}
+  assert {k: len(images) for k, images in shown.items()} == {
+    "val": 4,
+    "train": 12,
+  }
+  assert all(0 <= image["pq"] <= 100 for image in shown["val"])
+  assert "4 of 6 images" in content["sections"][0]["note"]
+  for image in [*shown["val"], *shown["train"]]:
+    for group in image["groups"]:
+      for picture in group["pictures"]:
+        assert np.asarray(Image.open(page.parent / picture["file"])).std() > 0
+
+
+def report_content(page):
+  """What the page of a report shows."""
+  data = r'<script type="application/json" id="data">(.*?)</script>'
+  return json.loads(re.search(data, page.read_text(), re.DOTALL).group(1))
+
+
 def test_shards_of_the_proposals(run, fault, tmp_path):
   for shard in (1, 0):
     run(
@@ -609,6 +636,10 @@ def test_a_broken_picture_is_reported_and_left_out(folder, run, tmp_path):
   # What prediction needs is there all the same.
   run(workdir, *mine(root), "--config.train.steps=1", "--mode=predict",
       f"--input={root / 'images'}")  # fmt: skip
+  run(workdir, *mine(root), "--config.train.steps=1", "--mode=report")
+  content = report_content(workdir / "report" / "index.html")
+  assert content["metrics"] is None
+  assert [len(s["images"]) for s in content["sections"]] == [11]
 
 
 def test_an_image_that_the_store_lacks_is_proposed(
@@ -762,6 +793,7 @@ def test_nothing_is_trained_yet(prepared, fault, tmp_path):
   (tmp_path / "images").mkdir()
   for flags in (
     ["--mode=evaluate"],
+    ["--mode=report"],
     ["--mode=predict", f"--input={tmp_path / 'images'}"],
   ):
     assert "train first" in fault(workdir, *flags, *prepared)

@@ -173,6 +173,56 @@ def draw_proposals(
   return canvas
 
 
+def draw_scores(
+  image: np.ndarray, proposals: Proposals, scores: np.ndarray, n: int
+) -> np.ndarray:
+  """Paints and outlines the n best-scored proposals, the best one on top.
+
+  Colours run from violet (score 0) to yellow (1), see `score_ramp`; the image
+  below is grey, so that they keep their meaning.
+
+  Args:
+    image: [H, W, 3] uint8 RGB.
+    proposals: P of this image.
+    scores: [P] float32 in [0, 1]; proposals of score 0 are left out.
+    n: how many; all there are, if fewer.
+
+  Raises:
+    ValueError: the image is not uint8 RGB, or has another size.
+  """
+  _check(image, proposals.superpixels, "superpixel map of the proposals")
+  grey = cv2.cvtColor(_enlarge(image), cv2.COLOR_RGB2GRAY)
+  canvas = np.repeat(grey[..., None], 3, axis=2)
+  order = np.argsort(-scores, kind="stable")[:n]
+  order = order[scores[order] > 0]
+  # One column more: padding is -1, which indexes the last one.
+  count = len(proposals.member_bits)
+  members = np.zeros((len(order) + 1, count + 1), bool)
+  members[:-1, :-1] = proposals.membership[order]
+  members[-1] = True  # what no proposal holds
+  top = members.argmax(0)
+  top = np.where(top == len(order), 0, top + 1)
+  index = _enlarge_labels(top[proposals.superpixels], canvas.shape[:2])
+  colours = _viridis((255 * scores[order].clip(0, 1)).astype(np.uint8))
+  canvas = _paint(canvas, index, colours, 0.5)
+  for rank in reversed(range(len(order))):
+    mask = members[rank][proposals.superpixels].astype(np.float32)
+    mask = cv2.resize(mask, canvas.shape[1::-1]) >= 0.5
+    outline, _ = cv2.findContours(
+      mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE
+    )
+    for colour, width in ((_DARK, 4), (colours[rank], 2)):
+      line = max(round(width * _unit(canvas)), 1)
+      colour = tuple(map(int, colour))
+      cv2.drawContours(canvas, outline, -1, colour, line, cv2.LINE_AA)
+  return canvas
+
+
+def score_ramp(n: int) -> np.ndarray:
+  """[n, 3] uint8 RGB, the colours of the scores from 0 to 1."""
+  return _viridis(np.linspace(0, 255, n).astype(np.uint8))
+
+
 def draw_mask(
   image: np.ndarray,
   mask: np.ndarray,
@@ -263,12 +313,15 @@ def contact_sheet(
   return np.concatenate(top + strips)
 
 
-def write_image(path: str | os.PathLike[str], rgb: np.ndarray) -> None:
+def write_image(
+  path: str | os.PathLike[str], rgb: np.ndarray, *, quality: int = 92
+) -> None:
   """Writes a PNG or JPEG, by the suffix; the file appears only when complete.
 
   Args:
     path: ends with .png, .jpg or .jpeg; missing folders are made.
     rgb: [H, W, 3] uint8 RGB.
+    quality: of a JPEG, 0 .. 100.
 
   Raises:
     ValueError: another suffix, or the image is not uint8 RGB.
@@ -276,8 +329,8 @@ def write_image(path: str | os.PathLike[str], rgb: np.ndarray) -> None:
   path = pathlib.Path(path)
   options = {
     ".png": [],
-    ".jpg": [cv2.IMWRITE_JPEG_QUALITY, 92],
-    ".jpeg": [cv2.IMWRITE_JPEG_QUALITY, 92],
+    ".jpg": [cv2.IMWRITE_JPEG_QUALITY, quality],
+    ".jpeg": [cv2.IMWRITE_JPEG_QUALITY, quality],
   }
   suffix = path.suffix.lower()
   if suffix not in options:
@@ -383,6 +436,13 @@ def _ramp(n: int) -> np.ndarray:
   """[n, 3] uint8, yellow to violet."""
   levels = np.linspace(245, 20, max(n, 1)).astype(np.uint8)[:, None]
   return cv2.applyColorMap(levels, cv2.COLORMAP_PLASMA)[:n, 0, ::-1]
+
+
+def _viridis(levels: np.ndarray) -> np.ndarray:
+  """[N, 3] uint8 of levels [N] uint8, violet to yellow."""
+  if not len(levels):
+    return np.zeros((0, 3), np.uint8)
+  return cv2.applyColorMap(levels[:, None], cv2.COLORMAP_VIRIDIS)[:, 0, ::-1]
 
 
 # Drawing ---------------------------------------------------------------------

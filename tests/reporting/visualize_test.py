@@ -206,6 +206,42 @@ def test_best_proposal_is_on_top_and_n_limits():
   )
 
 
+def test_scores_are_colours_and_the_best_is_on_top():
+  colour = visualize.score_ramp(256).astype(int)
+  # Left: 0.2 below 1.0. Right: 0.4. Padding, at the far right: none.
+  store = proposals([[True, True], [False, True], [True, False]])
+  scores = np.array([0.2, 0.4, 1.0], np.float32)
+  out = visualize.draw_scores(GREY, store, scores, 9)
+  left, right = out[320, 160], out[320, 500]
+  np.testing.assert_allclose(left, (100 + colour[255]) / 2, atol=1)
+  np.testing.assert_allclose(right, (100 + colour[102]) / 2, atol=1)
+  assert (out[:600, 630:] == 100).all()
+  # One of them alone; and what has no score is left out.
+  out = visualize.draw_scores(GREY, store, scores, 1)
+  np.testing.assert_allclose(out[320, 160], left, atol=1)
+  np.testing.assert_array_equal(out[320, 500], [100] * 3)
+  for nothing in (np.zeros(3, np.float32), scores):
+    count = 9 if not nothing.any() else 0
+    out = visualize.draw_scores(GREY, store, nothing, count)
+    assert (out == 100).all()
+
+
+def test_scores_outline_what_better_ones_hide():
+  # The right half lies below the best, which is everything.
+  store = proposals([[True, True], [False, True]])
+  out = visualize.draw_scores(GREY, store, np.array([0.9, 0.1], np.float32), 2)
+  even = out[320, 160]
+  assert (out[320, 310:330] != even).any()
+  np.testing.assert_array_equal(out[320, 500], even)
+
+
+def test_scores_lie_on_grey():
+  image = np.zeros((80, 80, 3), np.uint8)
+  image[..., 0] = 255
+  out = visualize.draw_scores(image, proposals([]), np.zeros(0, np.float32), 3)
+  assert (out == out[..., :1]).all()
+
+
 def test_draw_mask_paints_the_mask_only():
   mask = np.zeros((80, 80), bool)
   mask[20:60, 20:60] = True

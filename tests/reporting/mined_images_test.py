@@ -1,0 +1,75 @@
+"""Mining of single images: what numpy finds in the same scores."""
+
+import jax
+import numpy as np
+import pytest
+
+from jtsm_jax.data.prepare import prepare
+from jtsm_jax.data.prepared import open_prepared
+from jtsm_jax.data.shapes import shapes_source
+from jtsm_jax.models.neck_and_heads import MiningHeads
+from jtsm_jax.reporting.mined_images import mine_images
+from jtsm_jax.train.step import MiningSettings
+from jtsm_jax.types import Proposals, pack_members
+from tests import tiny
+
+SETTINGS = MiningSettings(
+  num_things=8, num_slots=16, segments_per_thing=1, segments_per_stuff=1
+)
+
+
+class Grid:
+  """A store that proposes each of 16 tiles of every image."""
+
+  def __contains__(self, image_id):
+    return True
+
+  def get(self, image_id):
+    y, x = np.mgrid[:64, :64] // 16
+    corners = [(16 * a, 16 * b) for a, b in np.ndindex(4, 4)]
+    return Proposals(
+      superpixels=(4 * y + x).astype(np.int32),
+      member_bits=pack_members(np.eye(16, dtype=bool)),
+      boxes=np.array([[a, b, a + 16, b + 16] for a, b in corners], np.int32),
+      scores=np.linspace(1, 0, 16, dtype=np.float32),
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  prepare(shapes_source(num_train=5, num_val=1, side=64), folder)
+  return open_prepared(folder).splits["train"]
+
+
+@pytest.mark.parametrize("canvases", [((64, 64),), ((64, 96), (64, 64))])
+@pytest.mark.parametrize("num_refinements", [0, 2])
+def test_each_tag_has_its_best_proposal(source, num_refinements, canvases):
+  heads = MiningHeads(num_classes=12, num_refinements=num_refinements)
+  model = tiny.make_model(dropout=0.5).clone(heads=heads)
+  batch = tiny.make_batch(1)
+  variables = tiny.make_variables(model, batch)
+  found = list(
+    mine_images(
+      model,
+      jax.device_put(variables),
+      source,
+      store=Grid(),
+      settings=SETTINGS,
+      canvases=canvases,
+      batch_size=2,
+      max_proposals=20,
+      max_superpixels=20,
+    )
+  )
+  assert sorted(x.index for x in found) == [0, 1, 2, 3, 4]  # each once
+  for image in found:
+    assert image.scores.shape == (16, 12)  # without what is padded
+    assert (image.scores >= 0).all()
+    assert (image.scores <= 1).all()
+    tags = np.flatnonzero(source.tags[image.index]).tolist()
+    assert sorted(k for k, _, _ in image.segments) == tags
+    for k, proposal, score in image.segments:
+      assert score == pytest.approx(image.scores[:, k].max())
+      assert image.scores[proposal, k] == pytest.approx(score)
+    assert len(np.unique(image.scores)) > 16
