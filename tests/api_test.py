@@ -13,6 +13,19 @@ MODULES = sorted(
   if path.name != "__init__.py"
 )
 TESTED_ELSEWHERE = {
+  **{
+    f"jtsm_jax/modes/{name}.py": "tests/end_to_end_test.py"
+    for name in (
+      "data",
+      "evaluation",
+      "export",
+      "prediction",
+      "proposals",
+      "report",
+      "trained",
+      "training",
+    )
+  },
   "jtsm_jax/train/loop.py": "tests/end_to_end_test.py",
   # Data types: every test makes some.
   "jtsm_jax/types.py": "tests/data/panoptic_files_test.py",

@@ -1,0 +1,105 @@
+"""What a finished training left, for the modes that use it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+
+from jtsm_jax.evaluation.class_calibration import (
+  ClassCalibration,
+  load_calibration,
+)
+from jtsm_jax.evaluation.fusion import FusionSettings
+from jtsm_jax.evaluation.inference import DetectionSettings, Steps, make_steps
+from jtsm_jax.evaluation.predict import PredictionSettings
+from jtsm_jax.models.jtsm import JTSM
+from jtsm_jax.train import build, checkpoints
+from jtsm_jax.types import Categories
+
+Config = ml_collections.ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """The newest weights of a run.
+
+  Attributes:
+    step: after which they were saved.
+    model: that they belong to.
+    variables: what `model.apply` takes, on the device.
+    calibration: of the classes, for these weights.
+  """
+
+  step: int
+  model: JTSM
+  variables: Any
+  calibration: ClassCalibration
+
+
+def load_trained(
+  config: Config, workdir: pathlib.Path, categories: Categories
+) -> Trained:
+  """Reads the newest checkpoint and the calibration that belongs to it.
+
+  Raises:
+    InputError: one of them is missing, damaged, or made with other settings.
+  """
+  model = build.build_model(config, categories)
+  step, variables = checkpoints.restore_variables(workdir / "checkpoints")
+  calibration = ClassCalibration.neutral(len(categories))
+  if config.evaluation.calibrate:
+    calibration = load_calibration(
+      workdir / "calibration.json",
+      categories,
+      made_with=calibration_key(config, step),
+    )
+  # On the device once, not with every batch.
+  return Trained(step, model, jax.device_put(variables), calibration)
+
+
+def steps_of(config: Config, model: JTSM, variables: Any) -> Steps:
+  """The inference of some weights with the settings of the run."""
+  return make_steps(model, variables, mil_share=config.evaluation.mil_share)
+
+
+def prediction_settings(config: Config) -> PredictionSettings:
+  """`config.evaluation` as plain settings."""
+  e = config.evaluation
+  return PredictionSettings(
+    canvases=build.canvases(config, "evaluation"),
+    batch_size=e.batch_size,
+    max_proposals=config.proposals.max_proposals,
+    max_superpixels=config.proposals.num_superpixels,
+    flip=e.flip,
+    mask_share=e.mask_share,
+    semantic_share=e.semantic_share,
+    detection=DetectionSettings(
+      nms_iou=e.nms_iou,
+      nms_kind=e.nms_kind,
+      max_detections=e.max_detections,
+      area_exponent=e.area_exponent,
+    ),
+    fusion=FusionSettings(
+      instance_score=e.instance_score,
+      instance_overlap=e.instance_overlap,
+      stuff_area=e.stuff_area,
+    ),
+  )
+
+
+def calibration_key(config: Config, step: int) -> dict[str, Any]:
+  """What a calibration depends on: the weights, and how scores are made."""
+  names = ("calibrate", "canvases", "flip", "mil_share")
+  values = {name: config.evaluation[name] for name in names}
+  return {"step": step} | jsonable(values)
+
+
+def jsonable(values: Any) -> dict[str, Any]:
+  """Settings as they come back from a JSON file."""
+  values = values.to_dict() if isinstance(values, Config) else values
+  return json.loads(json.dumps(values))
