@@ -118,8 +118,9 @@ def write_report(
       or with other weights; or a file of the run is damaged.
   """
   val, metrics, predicted = data.splits.get("val"), None, None
-  if val is not None and val.has_targets:
+  if val is not None and (val.has_targets or val.has_instances):
     metrics = read_metrics(workdir / "evaluation" / "metrics.json", step=step)
+  if val is not None and val.has_targets:
     folder = workdir / "evaluation" / "predictions"
     if not (folder / "panoptic.json").is_file():
       raise InputError(

@@ -49,6 +49,7 @@ METRICS = {
     "grass": {"pq": 60.0, "sq": 80, "rq": 75, "tp": 6, "fp": 2, "fn": 2},
   },
   "semantic": {"miou": 33.3, "n": 2, "per_class": {"cow": {"iou": 44.4}}},
+  "voc": {"map50": 12.5, "per_class": {"cow": {"ap50": 12.5, "objects": 3}}},
 }
 
 
@@ -184,12 +185,13 @@ def test_figures(browser, page_file):
       ["PQ of things", "22.5"],
       ["PQ of stuff", "60.0"],
       ["mIoU", "33.3"],
+      ["AP of masks at IoU 0.5", "12.5"],
     ]
     rows = page.locator("#figures tbody tr")
     assert [r.split() for r in rows.all_inner_texts()] == [
-      ["cow", "22.5", "75.0", "30.0", "44.4", "3", "4", "10"],
-      [*EVIL.split(), "–", "–", "–", "–", "0", "0", "0"],
-      ["grass", "60.0", "80.0", "75.0", "–", "6", "2", "2"],
+      ["cow", "22.5", "75.0", "30.0", "44.4", "12.5", "3", "4", "10"],
+      [*EVIL.split(), "–", "–", "–", "–", "–", "0", "0", "0"],
+      ["grass", "60.0", "80.0", "75.0", "–", "–", "6", "2", "2"],
     ]
     widths = [
       bar.bounding_box()["width"] for bar in page.locator(".bar i").all()
@@ -388,6 +390,70 @@ def test_nothing_is_wider_than_the_screen(browser, page_file, settings):
       ".map(([text]) => text)"
     )
     assert small == []
+
+
+BOXES = {
+  "map": 40.5,
+  "n": 1,
+  "per_class": {
+    "cow": {"ap": 40.5, "objects": 7},
+    EVIL: {"ap": 0.0, "objects": 0},
+  },
+}
+MASKS = {
+  "map50": 33.25,
+  "per_class": {
+    "cow": {"ap25": 50.5, "ap50": 33.25, "ap75": 1.5, "objects": 7},
+    EVIL: {"ap25": 0, "ap50": 0, "ap75": 0, "objects": 0},
+  },
+}
+CORLOC = {
+  "corloc": 61.5,
+  "per_class": {
+    "cow": {"corloc": 61.5, "images": 5},
+    EVIL: {"corloc": 0.0, "images": 0},
+  },
+}
+
+
+@pytest.mark.parametrize(
+  ("metrics", "tiles", "head", "cow", "evil"),
+  [
+    (
+      {"voc": BOXES, "coco": {"ap": 20.0}, "corloc": CORLOC},
+      ["mAP of boxes 40.5", "CorLoc 61.5", "AP as in COCO 20.0"],
+      ["Class", "", "AP", "CorLoc", "Objects"],
+      ["40.5", "61.5", "7"],
+      ["–", "–", "0"],
+    ),
+    (
+      {"voc": MASKS, "coco": {"ap": 20.0}},
+      ["AP of masks at IoU 0.5 33.3", "AP as in COCO 20.0"],
+      ["Class", "", "AP50", "AP25", "AP70", "AP75", "Objects"],
+      ["33.3", "50.5", "–", "1.5", "7"],
+      ["–", "–", "–", "–", "0"],
+    ),
+  ],
+)
+def test_figures_of_the_other_tasks(
+  browser, tmp_path, metrics, tiles, head, cow, evil
+):
+  metrics = {"step": 5, "split": "val"} | metrics
+  path = write(tmp_path / "report", images=[], metrics=metrics)
+  with opened(browser, path, **DESKTOP) as page:
+    found = page.locator("#figures .tile").all_inner_texts()
+    named = {" ".join(t.split("\n")[::-1]) for t in found} | {
+      " ".join(t.split("\n")) for t in found
+    }
+    assert named >= set(tiles)
+    table = page.locator("#figures table")
+    cells = table.locator("thead tr > *").all_inner_texts()
+    assert [c.strip() for c in cells] == head
+    rows = table.locator("tbody tr").all()
+    for row, wanted in zip(rows, (cow, evil), strict=False):
+      assert row.locator("td:not(.bars)").all_inner_texts() == wanted
+    bar = rows[0].locator(".bar i").get_attribute("style")
+    assert cow[0].split(".")[0] in bar
 
 
 def test_without_figures_and_images(browser, tmp_path):
