@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. Each sets up what it needs first.
+# make install | demo | test | lint | clean. Each sets up what it needs first.
 #
 #   make test PYTHON=python3.12         another interpreter, 3.11 or newer
 #   make demo EXTRAS=test,lint,cuda     with an NVIDIA GPU; tpu for a TPU
@@ -15,7 +15,9 @@ python := $(VENV)/bin/python
 # Newer than what it was installed from, or the environment is brought up again.
 stamp := $(VENV)/installed-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: demo test lint clean
+.PHONY: install demo test lint clean
+
+install: $(stamp)
 
 demo: $(stamp)
 	$(python) main.py --config=configs/shapes.py --workdir=runs/demo

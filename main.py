@@ -110,7 +110,10 @@ def main(argv: list[str]) -> None:
   except InputError as error:
     _fail(str(error))
   except KeyboardInterrupt:
-    print("\nstopped; the same command goes on where it was", file=sys.stderr)
+    print(
+      "\nstopped; the same command goes on from the newest checkpoint",
+      file=sys.stderr,
+    )
     sys.stderr.flush()
     # At once: threads that still save would only complain. What is on disk is
     # whole at any time.

@@ -186,6 +186,9 @@ def get_config() -> ml_collections.ConfigDict:
     )
     for canvas in ((short, long), (long, short))
   )
+  # Proposals that are pooled at a time, a multiple of 8, where memory is short:
+  # all of them take P x 49 x C numbers an image. 0 = all.
+  c.evaluation.proposal_block = 0
   c.evaluation.flip = True  # average over mirror images, too
   c.evaluation.voc_metric = "area"  # of boxes; "11point" for VOC 2007
   c.evaluation.calibrate = False  # class thresholds from the training tags

@@ -378,8 +378,29 @@ def test_predict_a_pattern_or_an_image(finished, run, tmp_path):
   assert len(list((results / "records").iterdir())) == 2
   out, _ = run(finished[0], "--mode=predict", f"--input={tmp_path}/p1.png")
   assert "predict: 1 images, 1 of them done" in out
+  # What was predicted before stays in the JSON; a folder counts as it is.
   content = json.loads((results / "panoptic.json").read_text())
-  assert [x["file_name"] for x in content["images"]] == ["p1.png"]
+  assert [x["file_name"] for x in content["images"]] == ["p1.png", "p0.png"]
+  (tmp_path / "p0.png").unlink()
+  run(finished[0], "--mode=predict", f"--input={tmp_path}")
+  content = json.loads((results / "panoptic.json").read_text())
+  names = [x["file_name"] for x in content["images"]]
+  assert names == ["p1.png", "p2.png"]
+
+
+def test_a_folder_that_has_changed(run, fault, folder, tmp_path):
+  mine_too = tmp_path / "mine"
+  shutil.copytree(folder, mine_too)
+  workdir = tmp_path / "run"
+  run(workdir, *mine(mine_too), "--mode=prepare")
+  run(workdir, *mine(mine_too), "--mode=prepare")
+  image = next((mine_too / "images").iterdir())
+  with image.open("ab") as file:
+    file.write(b"x")
+  message = fault(workdir, *mine(mine_too), "--mode=prepare")
+  assert f"{mine_too}: has changed since {workdir / 'data'}" in message
+  shutil.rmtree(workdir / "data")
+  run(workdir, *mine(mine_too), "--mode=prepare")
 
 
 def check_panoptic(results, sizes):

@@ -21,6 +21,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import difflib
+import hashlib
 import io
 import re
 import sys
@@ -38,9 +39,11 @@ from jtsm_jax.data.files import (
   data_path,
   file_lookup,
   file_names,
+  file_size,
   folder_name,
   is_file,
   is_folder,
+  is_local,
   names_in,
   read_bytes,
   read_file,
@@ -158,7 +161,34 @@ def folder_source(root: PathOrUrl, *, name: str | None = None) -> Source:
     name=name or folder_name(root.resolve()),
     categories=categories,
     splits=splits,
+    state=folder_state(root),
   )
+
+
+def folder_state(root: PathOrUrl) -> str:
+  """16 hexadecimal digits that change with a table or the size of a file.
+
+  Args:
+    root: the folder or its URL; "" is returned for what is not on this machine.
+
+  Raises:
+    InputError: as `read_folder`.
+  """
+  root = data_path(root)
+  if not is_local(root):
+    return ""  # a request for every image would take long
+  _, train, val = read_folder(root)
+  tables = [root / "classes.json", _table(root, "train"), _table(root, "val")]
+  files = [root / name for name in _TRUTHS if is_file(root / name)]
+  for folder in ("panoptic_val", "labels_val"):
+    files += [root / folder / name for name in file_names(root / folder)]
+  digest = hashlib.sha256()
+  for path in filter(None, tables):
+    digest.update(read_file(path))
+  for path in [*(entry.path for entry in train + val), *files]:
+    name = path.relative_to(root).as_posix()
+    digest.update(f"\n{name} {file_size(path)}".encode())
+  return digest.hexdigest()[:16]
 
 
 def _record(entry: FolderEntry, **truth) -> Record:

@@ -445,8 +445,9 @@ def _check_bad(source: Source, bad: list[str], fraction: float) -> None:
   listed = "".join(f"\n  {line}" for line in bad[:10])
   raise InputError(
     f"{len(bad)} of {total} images cannot be decoded, more than the fraction"
-    f" max_bad_fraction={fraction} that may be left out; mend or remove"
-    f" them:{listed}" + ("\n  ..." if len(bad) > 10 else "")
+    f" {fraction} that may be left out (one always may); mend or remove them,"
+    f" or raise config.data.max_bad_fraction:{listed}"
+    + ("\n  ..." if len(bad) > 10 else "")
   )
 
 
@@ -472,6 +473,7 @@ def _complete(
     "name": source.name,
     "version": VERSION,
     "citation": source.citation,
+    "state": source.state,
     "categories": source.categories.to_list(),
     "splits": {},
     "quarantined": len(bad),

@@ -87,12 +87,14 @@ class PreparedData:
     categories: the classes.
     splits: "train", and those for evaluation, as "val".
     citation: whom to cite, BibTeX, or "".
+    state: of the files that it was prepared from, see `Source`.
   """
 
   name: str
   categories: Categories
   splits: Mapping[str, RecordSource]
   citation: str = ""
+  state: str = ""
 
   @property
   def fingerprint(self) -> str:
@@ -302,6 +304,7 @@ def open_prepared(directory: PathOrUrl) -> PreparedData:
     categories=Categories.from_list(info["categories"]),
     splits={name: RecordSource(directory, name) for name in info["splits"]},
     citation=info["citation"],
+    state=info.get("state", ""),
   )
 
 

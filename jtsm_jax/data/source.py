@@ -36,9 +36,11 @@ class Source:
       evaluation, "val" first, whose records may have it. `height` and `width`
       may be 0, since `prepare` takes them from the decoded image.
     citation: whom to cite, BibTeX; "" for one's own images.
+    state: changes when the files do; "" where that is not found out.
   """
 
   name: str
   categories: Categories
   splits: Mapping[str, Sequence[Record]]
   citation: str = ""
+  state: str = ""

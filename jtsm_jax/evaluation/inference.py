@@ -71,9 +71,17 @@ class Steps:
   masks: Callable[[Array, Array, Array], Array] | None
 
 
-def make_steps(model: JTSM, variables: Any, *, mil_share: float = 0.0) -> Steps:
+def make_steps(
+  model: JTSM,
+  variables: Any,
+  *,
+  mil_share: float = 0.0,
+  proposal_block: int = 0,
+) -> Steps:
   """The jitted steps of a model with its weights; see `make_score_step`."""
-  score = make_score_step(model, mil_share=mil_share)
+  score = make_score_step(
+    model, mil_share=mil_share, proposal_block=proposal_block
+  )
   masks = make_mask_step(model) if model.instance is not None else None
   return Steps(
     functools.partial(score, variables),
@@ -83,7 +91,7 @@ def make_steps(model: JTSM, variables: Any, *, mil_share: float = 0.0) -> Steps:
 
 @functools.lru_cache(maxsize=8)  # an evaluation in training compiles once
 def make_score_step(
-  model: JTSM, *, mil_share: float = 0.0
+  model: JTSM, *, mil_share: float = 0.0, proposal_block: int = 0
 ) -> Callable[[Any, Batch], Scores]:
   """The jitted forward pass.
 
@@ -93,13 +101,39 @@ def make_score_step(
   Args:
     model: the model.
     mil_share: weight of the normalised S^MIL in the average; the paper has 0.
+    proposal_block: pool so many proposals at a time, which takes less memory;
+      a multiple of 8, or 0 for all at once.
+
+  Raises:
+    ValueError: proposal_block is negative, or no multiple of 8.
   """
+  if proposal_block < 0 or proposal_block % 8:
+    raise ValueError(
+      f"proposal_block is {proposal_block}, must be a multiple of 8, or 0"
+    )
+
+  def describe(variables, features, batch):
+    def described(part: Batch) -> jax.Array:
+      return model.apply(
+        variables, features, part, train=False, method="describe"
+      )
+
+    count = batch.valid.shape[1]
+    if not 0 < proposal_block < count:
+      return described(batch)
+    parts = _blocks(batch, proposal_block)
+    found = jax.lax.map(lambda part: described(batch.replace(**part)), parts)
+    found = jnp.moveaxis(found, 0, 1)  # [B, blocks, proposal_block, D]
+    return found.reshape(len(found), -1, found.shape[-1])[:, :count]
 
   @jax.jit
   def score(variables: Any, batch: Batch) -> Scores:
     features = model.apply(variables, batch, method="features")
     outputs = model.apply(
-      variables, features, batch, train=False, method="mine"
+      variables,
+      describe(variables, features, batch),
+      batch.valid,
+      method="judge",
     )
     mil = outputs.mil_scores
     top = jnp.maximum(mil.max(1, keepdims=True), 1e-12)
@@ -123,6 +157,24 @@ def make_score_step(
     )
 
   return score
+
+
+def _blocks(batch: Batch, size: int) -> dict[str, jax.Array]:
+  """A batch's proposals in blocks, [blocks, B, ...]; the last is padded."""
+
+  def split(array, axis, size):
+    array = jnp.asarray(array)
+    padding = [(0, 0)] * array.ndim
+    padding[axis] = (0, -array.shape[axis] % size)
+    array = jnp.pad(array, padding)
+    shape = (*array.shape[:axis], -1, size, *array.shape[axis + 1 :])
+    return jnp.moveaxis(array.reshape(shape), axis, 0)
+
+  return {
+    "member_bits": split(batch.member_bits, 2, size // 8),
+    "boxes": split(batch.boxes, 1, size),
+    "valid": split(batch.valid, 1, size),
+  }
 
 
 @functools.lru_cache(maxsize=8)

@@ -53,8 +53,18 @@ class JTSM(nn.Module):
     self, features: jax.Array, batch: Batch, *, train: bool
   ) -> MiningOutputs:
     """The panoptic mining branch (section 3.2)."""
-    x = self.proposal_features(features, batch)
-    return self.heads(self.neck(x, train=train), batch.valid)
+    described = self.describe(features, batch, train=train)
+    return self.judge(described, batch.valid)
+
+  def describe(
+    self, features: jax.Array, batch: Batch, *, train: bool
+  ) -> jax.Array:
+    """The first half of `mine`: [B, P, D], each proposal by itself."""
+    return self.neck(self.proposal_features(features, batch), train=train)
+
+  def judge(self, described: jax.Array, valid: jax.Array) -> MiningOutputs:
+    """The second half of `mine`: compares the proposals of an image."""
+    return self.heads(described, valid)
 
   def instance_logits(self, features: jax.Array, boxes: jax.Array) -> jax.Array:
     """Masks [B, N, 28, 28, T] of boxes [B, N, 4]."""

@@ -11,7 +11,7 @@ from jtsm_jax.beam import run_shards
 from jtsm_jax.data import coco, folder, prepared, shapes, voc
 from jtsm_jax.data import prepare as preparation
 from jtsm_jax.data.audit import audit, audit_table
-from jtsm_jax.data.files import AnyPath, data_path
+from jtsm_jax.data.files import AnyPath, data_path, is_folder
 from jtsm_jax.data.prepared import PreparedData
 from jtsm_jax.data.source import Source
 from jtsm_jax.data.things import things_only
@@ -69,9 +69,23 @@ def prepare(
       print(f"shard {shard} of {num_shards} is written; others are missing")
       return None
   data = prepared.open_prepared(directory)
+  _check_state(config, data, directory)
   counts = ", ".join(f"{len(s)} {name}" for name, s in data.splits.items())
   print(f"data: {data.name}, {counts} images, {len(data.categories)} classes")
   return data
+
+
+def _check_state(config, data, directory) -> None:
+  """Whether a folder is as it was when it was prepared."""
+  c = config.data
+  if c.name != "folder" or not c.root or not is_folder(data_path(c.root)):
+    return  # only what is cheap to look at, and only where it is still there
+  if data.state and data.state != folder.folder_state(c.root):
+    raise InputError(
+      f"{c.root}: has changed since {directory} was prepared from it; remove"
+      f" {directory}, and the next call prepares it anew and keeps what was"
+      " trained"
+    )
 
 
 def _prepare_with_beam(config, directory, num_shards, beam) -> None:

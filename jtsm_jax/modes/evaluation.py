@@ -196,7 +196,8 @@ def has_truth_for_task(config: Config, data: PreparedData) -> bool:
 
 def _print_next(workdir: pathlib.Path) -> None:
   """How to go on, as a command to paste."""
-  command = shlex.join(sys.argv)  # of a flag given twice the last one counts
+  flags = [x for x in sys.argv if not x.startswith("--mode=")]
+  command = shlex.join(flags)
   print(
     f"weights    {workdir / 'checkpoints'}\n"
     f"next       python {command} --mode=predict --input=FOLDER_OF_IMAGES"

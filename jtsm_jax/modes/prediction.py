@@ -49,7 +49,8 @@ def predict_images(
   categories = prepared.open_prepared(directory).categories
   files = find_images(where)
   place = data_path(where)
-  if not is_folder(place):
+  is_whole = is_folder(place)
+  if not is_whole:
     place = next(iter(files.values())).parent
   output = workdir / "predictions" / folder_name(place)
   maker = proposal_maker(config)
@@ -92,9 +93,12 @@ def predict_images(
   whole = [name for name in files if name not in source.left_out]
   if not whole:
     raise InputError(f"{where}: no image can be decoded, see above")
-  collect(output, whole, categories)
+  others = set()
+  if not is_whole:  # what other patterns found stays beside it
+    others = {p.stem for p in (output / "records").glob("*.json")}
+  collect(output, [*whole, *sorted(others - {*whole})], categories)
   if source.left_out:
-    print(f"left out   {len(source.left_out)} images, see above")
+    print(f"left out   {len(source.left_out)} files, see above")
   print(
     f"panoptic   {output / 'panoptic.json'} and {output / 'panoptic'}\n"
     f"classes    {output / 'classes'}, named in {output / 'classes.json'}\n"

@@ -64,7 +64,12 @@ def load_trained(
 
 def steps_of(config: Config, model: JTSM, variables: Any) -> Steps:
   """The inference of some weights with the settings of the run."""
-  return make_steps(model, variables, mil_share=config.evaluation.mil_share)
+  return make_steps(
+    model,
+    variables,
+    mil_share=config.evaluation.mil_share,
+    proposal_block=config.evaluation.proposal_block,
+  )
 
 
 def prediction_settings(config: Config) -> PredictionSettings:

@@ -103,6 +103,12 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
       f"config.proposals.num_superpixels is {config.proposals.num_superpixels};"
       f" wanted 1 to {MAX_SUPERPIXELS}"
     )
+  block = config.evaluation.proposal_block
+  if block < 0 or block % 8:
+    raise InputError(
+      f"config.evaluation.proposal_block is {block}; wanted a multiple of 8, or"
+      " 0 for all proposals at once"
+    )
   if config.data.colour_factor < 1:
     raise InputError(
       f"config.data.colour_factor is {config.data.colour_factor}; wanted a"

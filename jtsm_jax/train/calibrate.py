@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from jtsm_jax.console import progress
 from jtsm_jax.models.features import fit_projection
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.train.state import TrainState
@@ -45,7 +46,7 @@ def _fit_projection(model, state, batches, seed):
   )
   random = np.random.default_rng(seed)
   cells = []
-  for batch in batches:
+  for batch in progress(batches, "set up", unit="batch"):
     maps = np.asarray(stages(state.variables, batch.images))
     limits = -(-np.asarray(batch.size) // model.extractor.stride)
     for features, (rows, columns), index in zip(

@@ -14,7 +14,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from jtsm_jax.console import progress
+from jtsm_jax.console import progress, say
 from jtsm_jax.data.pipeline import make_pipeline, with_fallback
 from jtsm_jax.data.prepared import PreparedData, RecordSource
 from jtsm_jax.mining.labels import slots_needed
@@ -228,6 +228,8 @@ def train(
     description="train", total=last_step, initial=first_step, unit="step"
   )
   for step in range(first_step, last_step):
+    if step == branch_start > 0 and has_branches:
+      say(f"train: from step {step} on the branches learn; steps take longer")
     _, batch = next(batches)
     meter.count(len(batch.image_index) * jax.process_count())
     if step < warm_up_steps:

@@ -368,7 +368,8 @@ def test_training_opens_no_ground_truth(root, add, monkeypatch):
   monkeypatch.setattr(Image, "open", fail)
   records = list(folder.folder_source(root).splits["train"])
   assert all(r.target is None and r.instances is None for r in records)
-  assert opened == [
+  tables = {"classes.json", "train_tags.csv", "val_tags.csv"}
+  assert [path for path in opened if path.name not in tables] == [
     root / "images" / name for name in ("a.jpg", "b c.png", "sub/d.jpg")
   ]
 
@@ -560,3 +561,28 @@ def test_a_folder_in_a_bucket(root, bucket, kind, capsys):
       folder.folder_source(url)
   with pytest.raises(InputError, match="memory://bucket/none: no such folder"):
     folder.folder_source(bucket / "none")
+
+
+def test_state_changes_with_tables_and_files(root):
+  states = [folder.folder_state(root)]
+  assert folder.folder_state(root) == states[0]
+  (root / "notes.txt").write_text("nobody's business")
+  assert folder.folder_state(root) == states[0]
+
+  def note():
+    states.append(folder.folder_state(root))
+
+  with (root / "train_tags.csv").open("a") as file:
+    file.write("\n")
+  note()
+  image = root / "images" / "a.jpg"
+  image.write_bytes(image.read_bytes() + b"x")
+  note()
+  classes = (root / "classes.json").read_text()
+  (root / "classes.json").write_text(classes + " ")
+  note()
+  assert len(set(states)) == 4
+
+
+def test_state_of_a_bucket_is_not_looked_at(root, bucket):
+  assert folder.folder_state(upload(root, bucket)) == ""

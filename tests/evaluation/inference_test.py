@@ -145,6 +145,24 @@ def test_scores_are_the_mean_of_the_heads_or_the_scaled_mil_scores(
   np.testing.assert_allclose(found.semantic.sum(-1), 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize("block", [8, 16, 400])
+def test_blocks_of_proposals_change_nothing(block):
+  model = tiny.make_model(center=True, average=True)
+  batch = tiny.make_batch()  # 12 proposals: one block and a half of 8
+  batch.valid[0, 9:] = False
+  variables = tiny.make_variables(model, batch)
+  wanted = make_score_step(model)(variables, batch)
+  found = make_score_step(model, proposal_block=block)(variables, batch)
+  np.testing.assert_allclose(found.proposals, wanted.proposals, atol=1e-6)
+  np.testing.assert_allclose(found.image, wanted.image, rtol=1e-6)
+
+
+@pytest.mark.parametrize("block", [4, -8])
+def test_impossible_blocks(block):
+  with pytest.raises(ValueError, match=f"proposal_block is {block}"):
+    make_score_step(tiny.make_model(), proposal_block=block)
+
+
 def test_mask_step_takes_the_channel_of_the_class():
   model = tiny.make_model(semantic=False)
   batch = tiny.make_batch(1)

@@ -103,6 +103,7 @@ def test_branches_without_classes_are_left_out():
     ("backbone.stride", 32, "stride is 32; resnet_ws has one of 8, 16"),
     ("data.crop", 0.0, r"crop is 0.0; wanted a share .* \(0, 1\]"),
     ("data.crop", 1.5, "crop is 1.5"),
+    ("evaluation.proposal_block", 12, "block is 12; wanted a multiple of 8"),
     ("data.colour_factor", 0.5, "colour_factor is 0.5; .* at least 1"),
     ("proposals.num_superpixels", 32768, "is 32768; wanted 1 to 32767"),
     *[
