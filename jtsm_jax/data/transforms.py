@@ -182,8 +182,10 @@ def crop_proposals(
     (0, 0, 1, 1) where nothing is;
     [P] bool, whether a pixel is left).
   """
-  y0, x0, y1, x1 = window
+  y0, x0, y1, x1 = (int(n) for n in window)
   superpixels = proposals.superpixels[y0:y1, x0:x1]
+  if superpixels.shape == proposals.superpixels.shape:
+    return superpixels, proposals.boxes, np.ones(len(proposals), bool)
   low, high = proposals.boxes[:, :2], proposals.boxes[:, 2:]
   boxes = proposals.boxes - np.tile([y0, x0], 2).astype(np.int32)
   cut = ((low < (y0, x0)) | (high > (y1, x1))).any(1)

@@ -127,7 +127,8 @@ def _find_fault(proposals: Proposals) -> str | None:
     return f"{row} bytes of bits for {count} proposals, or one bit too many"
   if num_superpixels > MAX_SUPERPIXELS:
     return f"{num_superpixels} superpixels, at most {MAX_SUPERPIXELS} fit"
-  if labels.min() < 0 or labels.max() >= num_superpixels:
+  signed = labels.dtype.kind != "u"
+  if labels.max() >= num_superpixels or (signed and labels.min() < 0):
     return (
       f"superpixel ids are {labels.min()} .. {labels.max()}, wanted"
       f" 0 .. {num_superpixels - 1}"
