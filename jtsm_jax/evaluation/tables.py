@@ -48,7 +48,9 @@ def final_table(
   kind = "boxes" if result["task"] == "detection" else "masks of things"
   parts.append(
     f"{kind}, COCO: "
-    + "  ".join(f"{k.replace('_', ' ').upper()} {coco[k]:.1f}" for k in _COCO)
+    + "  ".join(
+      f"AP{k.removeprefix('ap').replace('_', ' ')} {coco[k]:.1f}" for k in _COCO
+    )
   )
   return "\n".join(parts)
 
