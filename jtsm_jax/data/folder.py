@@ -168,6 +168,8 @@ def folder_source(root: PathOrUrl, *, name: str | None = None) -> Source:
 def folder_state(root: PathOrUrl) -> str:
   """16 hexadecimal digits that change with a table or the size of a file.
 
+  Of `panoptic_val/` only the JSON that lists its files is looked at.
+
   Args:
     root: the folder or its URL; "" is returned for what is not on this machine.
 
@@ -179,9 +181,12 @@ def folder_state(root: PathOrUrl) -> str:
     return ""  # a request for every image would take long
   _, train, val = read_folder(root)
   tables = [root / "classes.json", _table(root, "train"), _table(root, "val")]
-  files = [root / name for name in _TRUTHS if is_file(root / name)]
-  for folder in ("panoptic_val", "labels_val"):
-    files += [root / folder / name for name in file_names(root / folder)]
+  # A training calls this, which may not even list the folders of masks.
+  files = [root / name for name in _TRUTHS]
+  for entry in val:
+    name = PurePosixPath(entry.name).with_suffix(".png")
+    files.append(root / "labels_val" / name)
+  files = [path for path in files if is_file(path)]
   digest = hashlib.sha256()
   for path in filter(None, tables):
     digest.update(read_file(path))

@@ -239,6 +239,7 @@ def _claim(source: Source, directory: AnyPath) -> list[_Piece]:
     "version": VERSION,
     "categories": source.categories.to_list(),
     "splits": {name: len(split) for name, split in source.splits.items()},
+    "state": source.state,
     "piece": PIECE,
   }
   # In this order: another shard may have begun in between.
