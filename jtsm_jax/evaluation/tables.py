@@ -46,12 +46,13 @@ def final_table(
     values = (f"AP@{k.removeprefix('map')} {voc[k]:.1f}" for k in thresholds)
     parts.append("masks of things, VOC: " + "  ".join(values))
   kind = "boxes" if result["task"] == "detection" else "masks of things"
-  parts.append(
-    f"{kind}, COCO: "
-    + "  ".join(
-      f"AP{k.removeprefix('ap').replace('_', ' ')} {coco[k]:.1f}" for k in _COCO
-    )
-  )
+  found = []
+  for key in _COCO:
+    size = key.removeprefix("ap").removeprefix("_")
+    none = coco["objects"].get(size) == 0
+    name = key.removeprefix("ap").replace("_", " ")
+    found.append(f"AP{name} {'-' if none else f'{coco[key]:.1f}'}")
+  parts.append(f"{kind}, COCO: {'  '.join(found)}")
   return "\n".join(parts)
 
 

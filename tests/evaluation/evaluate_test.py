@@ -112,7 +112,9 @@ def test_instances_come_from_the_map_or_from_their_own_file():
   lines = final_table(wanted).splitlines()
   assert lines[0].split() == ["AP@25", "AP@50", "AP@70", "AP@75", "objects"]
   assert lines[4].split() == ["cow", "100.0", "100.0", "100.0", "100.0", "1"]
-  assert "masks of things, COCO: AP 85.0" in lines[-1]
+  # Of 375 and 300 pixels: both are small.
+  coco = "COCO: AP 85.0  AP50 100.0  AP75 100.0  AP small 85.0  AP medium -"
+  assert lines[-1] == f"masks of things, {coco}  AP large -"
   assert next(iter(main_measures(wanted).values())) == 100
 
 
