@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from typing import Any
 
 import ml_collections
+from flax.traverse_util import flatten_dict
 
 from jtsm_jax.data import prepared
 from jtsm_jax.data.audit import class_table
@@ -165,7 +165,7 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
       return not _is_among(name, FREE_FIELDS)
     return is_prepared and _is_among(name, DATA_FIELDS)
 
-  a, b = _flat(mine), _flat(theirs)
+  a, b = (flatten_dict(tree, sep=".") for tree in (mine, theirs))
   changed = [
     f"{name} = {a.get(name)!r}, there {b.get(name)!r}"
     for name in sorted(a.keys() | b.keys())
@@ -189,13 +189,3 @@ def _is_trained(workdir: pathlib.Path) -> bool:
 
 def _is_among(name: str, fields: tuple[str, ...]) -> bool:
   return any(name == f or name.startswith(f + ".") for f in fields)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      flat |= _flat(value, f"{prefix}{name}.")
-    else:
-      flat[prefix + name] = value
-  return flat

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 import uuid
@@ -73,6 +74,12 @@ def data_path(name: PathOrUrl) -> AnyPath:
 def is_local(path: AnyPath) -> bool:
   """Whether a path of `data_path` is on this machine."""
   return isinstance(path, pathlib.Path)
+
+
+def safe_name(name: str) -> str:
+  """A name of letters, digits, '.', '_' and '-' that is safe for a file."""
+  safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+  return safe if safe[0] not in ".-" else f"_{safe}"
 
 
 def folder_name(path: AnyPath) -> str:

@@ -23,7 +23,6 @@ import dataclasses
 import difflib
 import hashlib
 import io
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
@@ -47,6 +46,7 @@ from jtsm_jax.data.files import (
   names_in,
   read_bytes,
   read_file,
+  safe_name,
   safe_path,
 )
 from jtsm_jax.data.json_files import read_json
@@ -161,7 +161,7 @@ def folder_source(root: PathOrUrl, *, name: str | None = None) -> Source:
     name=name or folder_name(root.resolve()),
     categories=categories,
     splits=splits,
-    state=folder_state(root),
+    state=_state(root, train, val),
   )
 
 
@@ -177,9 +177,13 @@ def folder_state(root: PathOrUrl) -> str:
     InputError: as `read_folder`.
   """
   root = data_path(root)
+  _, train, val = read_folder(root)
+  return _state(root, train, val)
+
+
+def _state(root, train, val) -> str:
   if not is_local(root):
     return ""  # a request for every image would take long
-  _, train, val = read_folder(root)
   tables = [root / "classes.json", _table(root, "train"), _table(root, "val")]
   # A training calls this, which may not even list the folders of masks.
   files = [root / name for name in _TRUTHS]
@@ -470,8 +474,7 @@ def _hint(word: str, words: list[str]) -> str:
 
 def _image_id(name: str) -> str:
   stem = PurePosixPath(name).with_suffix("").as_posix()
-  safe = re.sub(r"[^A-Za-z0-9._-]+", "_", stem)
-  return safe if safe[0] not in ".-" else f"_{safe}"
+  return safe_name(stem)
 
 
 def _check_ids(train: list[FolderEntry], val: list[FolderEntry]) -> None:

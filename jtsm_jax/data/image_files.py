@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import os
 import pathlib
-import re
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +23,7 @@ from jtsm_jax.data.files import (
   names_in,
   read_bytes,
   read_file,
+  safe_name,
 )
 from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.types import InputError, Record
@@ -67,7 +67,7 @@ def find_images(where: PathOrUrl) -> dict[str, AnyPath]:
   shared = len([*itertools.takewhile(lambda x: len({*x}) == 1, levels)])
   named: dict[str, AnyPath] = {}
   for file in found:
-    name = _safe("_".join([*file.parent.parts[shared:], file.stem]))
+    name = safe_name("_".join([*file.parent.parts[shared:], file.stem]))
     if name in named:
       raise InputError(
         f"{file} and {named[name]} would both be called {name!r}; rename one"
@@ -84,11 +84,6 @@ def _matches(pattern: AnyPath) -> list[AnyPath]:
     return [pathlib.Path(name) for name in names if os.path.isfile(name)]
   found = sorted(pattern.fs.glob(pattern.path))
   return [pattern.with_segments(pattern.fs.unstrip_protocol(n)) for n in found]
-
-
-def _safe(name: str) -> str:
-  safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name)
-  return safe if safe[0] not in ".-" else f"_{safe}"
 
 
 class ImageFiles:

@@ -251,26 +251,24 @@ def check_image(
     )
 
 
-def merge_images(
-  mine: dict[str, Any],
-  other: dict[str, Any],
-  *,
-  categories: tuple[Categories, Categories],
-) -> None:
-  """Adds the images of another host to `mine`.
+def merge_images(mine: Any, other: Any) -> None:
+  """Adds the images of another host's measure to those of `mine`.
+
+  Args:
+    mine, other: with `categories`, and `images` by image id.
 
   Raises:
-    ValueError: an image is in both, or the two `categories` differ.
+    ValueError: an image is in both, or their categories differ.
   """
-  if categories[0] != categories[1]:
+  if mine.categories != other.categories:
     raise ValueError(
-      f"cannot merge results of {categories[1].names} into those of"
-      f" {categories[0].names}: both must count the same categories"
+      f"cannot merge results of {other.categories.names} into those of"
+      f" {mine.categories.names}: both must count the same categories"
     )
-  both = sorted(mine.keys() & other.keys())
+  both = sorted(mine.images.keys() & other.images.keys())
   if both:
     raise ValueError(
       f"{len(both)} images are in both results, e.g. {both[0]!r}; divide the"
       " images among the hosts"
     )
-  mine.update(other)
+  mine.images.update(other.images)

@@ -128,11 +128,7 @@ class InstanceAP:
     """
     if self.kind != other.kind:
       raise ValueError(f"cannot merge AP of {other.kind!r} into {self.kind!r}")
-    merge_images(
-      self.images,
-      other.images,
-      categories=(self.categories, other.categories),
-    )
+    merge_images(self, other)
     return self
 
   def result(self) -> dict[str, Any]:
@@ -281,11 +277,7 @@ class VocInstanceAP:
       raise ValueError(
         f"cannot merge AP at {other.thresholds} into AP at {self.thresholds}"
       )
-    merge_images(
-      self.images,
-      other.images,
-      categories=(self.categories, other.categories),
-    )
+    merge_images(self, other)
     return self
 
   def result(self) -> dict[str, Any]:

@@ -85,11 +85,7 @@ class VocDetection:
     """
     if self.metric != other.metric:
       raise ValueError(f"cannot merge {other.metric!r} into {self.metric!r}")
-    merge_images(
-      self.images,
-      other.images,
-      categories=(self.categories, other.categories),
-    )
+    merge_images(self, other)
     return self
 
   def result(self) -> dict[str, Any]:
@@ -151,11 +147,7 @@ class CorLoc:
       ValueError: the two count different categories, or both have counted an
         image.
     """
-    merge_images(
-      self.images,
-      other.images,
-      categories=(self.categories, other.categories),
-    )
+    merge_images(self, other)
     return self
 
   def result(self) -> dict[str, Any]:

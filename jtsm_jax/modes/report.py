@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import os
 import pathlib
 
 import ml_collections
 
 from jtsm_jax.data.prepared import PreparedData
 from jtsm_jax.evaluation.predict import predict
-from jtsm_jax.mining.labels import slots_needed
-from jtsm_jax.mining.masks import MaskReestimator
 from jtsm_jax.modes.trained import load_trained, prediction_settings, steps_of
 from jtsm_jax.proposals import store as stores
 from jtsm_jax.reporting import report
@@ -36,22 +33,9 @@ def run_report(
   trained = load_trained(config, workdir, categories)
   settings = prediction_settings(config)
   mining = build.mining_settings(
-    config,
-    num_things=categories.num_things,
-    num_slots=slots_needed(
-      source.tags,
-      num_things=categories.num_things,
-      segments_per_thing=config.mining.segments_per_thing,
-      segments_per_stuff=config.mining.segments_per_stuff,
-    ),
+    config, num_things=categories.num_things, tags=source.tags
   )
-  with MaskReestimator(
-    init=config.reestimation.init,
-    iterations=config.reestimation.iterations,
-    longest_side=config.reestimation.longest_side,
-    workers=config.reestimation.threads or os.cpu_count(),
-    cache_dir=workdir / "masks" / source.fingerprint / store.path.name,
-  ) as reestimator:
+  with build.open_reestimator(config, workdir, source, store) as reestimator:
     model = trained.model
     has_branches = model.instance is not None or model.semantic is not None
     page = report.write_report(

@@ -41,7 +41,7 @@ def run_training(
   """Trains to the last step, evaluating on the way where there are targets."""
   model = build.build_model(config, data.categories)
 
-  def evaluate_state(state: TrainState) -> dict[str, float]:
+  def evaluate_state(state: TrainState):
     args = config, workdir, model, state.variables, data, store
     calibration = calibrate(*args)
     pictures = {}

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import pathlib
 from typing import Any
 
 import ml_collections
+import numpy as np
 import optax
 from absl import logging
 
 from jtsm_jax.backbones import efficientnet_lite, pretrained, resnet_ws
 from jtsm_jax.data.pipeline import MAX_SUPERPIXELS
 from jtsm_jax.data.prepared import RecordSource
+from jtsm_jax.mining.labels import slots_needed
+from jtsm_jax.mining.masks import MaskReestimator
 from jtsm_jax.models.features import FeatureExtractor
 from jtsm_jax.models.instance_branch import InstanceBranch
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.models.neck_and_heads import MiningHeads, Neck, TagHead
 from jtsm_jax.models.proposal_features import ProposalFeatures
 from jtsm_jax.models.semantic_branch import SemanticBranch
+from jtsm_jax.proposals.store import ProposalStore
 from jtsm_jax.train.feature_cache import FeatureCache, cache_bytes
 from jtsm_jax.train.schedule import make_optimizer, step_decay
 from jtsm_jax.train.step import LossSettings, MiningSettings
@@ -286,17 +291,47 @@ def main_optimizer(
 
 
 def mining_settings(
-  config: ml_collections.ConfigDict, *, num_things: int, num_slots: int
+  config: ml_collections.ConfigDict, *, num_things: int, tags: np.ndarray
 ) -> MiningSettings:
-  """`config.mining` as plain settings."""
+  """`config.mining` as plain settings.
+
+  Args:
+    config: see configs/base.py.
+    num_things: T.
+    tags: [N, K] of the training images, which tell how many segments there are
+      to keep room for.
+  """
+  c = config.mining
   return MiningSettings(
     num_things=num_things,
-    num_slots=num_slots,
-    segments_per_thing=config.mining.segments_per_thing,
-    segments_per_stuff=config.mining.segments_per_stuff,
-    score_ratio=config.mining.score_ratio,
-    foreground_iou=config.mining.foreground_iou,
-    background_iou=tuple(config.mining.background_iou),
+    num_slots=slots_needed(
+      tags,
+      num_things=num_things,
+      segments_per_thing=c.segments_per_thing,
+      segments_per_stuff=c.segments_per_stuff,
+    ),
+    segments_per_thing=c.segments_per_thing,
+    segments_per_stuff=c.segments_per_stuff,
+    score_ratio=c.score_ratio,
+    foreground_iou=c.foreground_iou,
+    background_iou=tuple(c.background_iou),
+  )
+
+
+def open_reestimator(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  source: RecordSource,
+  store: ProposalStore,
+) -> MaskReestimator:
+  """Makes pseudo masks of a split, and keeps them in the workdir."""
+  c = config.reestimation
+  return MaskReestimator(
+    init=c.init,
+    iterations=c.iterations,
+    longest_side=c.longest_side,
+    workers=c.threads or os.cpu_count(),
+    cache_dir=workdir / "masks" / source.fingerprint / store.path.name,
   )
 
 

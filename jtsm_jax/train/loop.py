@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import collections
 import functools
-import os
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from jtsm_jax.console import progress, say
 from jtsm_jax.data.pipeline import make_pipeline, with_fallback
 from jtsm_jax.data.prepared import PreparedData, RecordSource
-from jtsm_jax.mining.labels import slots_needed
-from jtsm_jax.mining.masks import MaskReestimator
 from jtsm_jax.proposals.store import ProposalStore
 from jtsm_jax.train import build, checkpoints, reestimation
 from jtsm_jax.train import step as step_parts
@@ -79,14 +76,8 @@ def train(
   # The model and its settings.
   model = build.build_model(config, categories)
   losses = build.loss_settings(config)
-  num_slots = slots_needed(
-    source.tags,
-    num_things=categories.num_things,
-    segments_per_thing=config.mining.segments_per_thing,
-    segments_per_stuff=config.mining.segments_per_stuff,
-  )
   mining = build.mining_settings(
-    config, num_things=categories.num_things, num_slots=num_slots
+    config, num_things=categories.num_things, tags=source.tags
   )
 
   # Input: the batches are a pure function of the step, in each phase.
@@ -164,7 +155,7 @@ def train(
       )
 
     state = jax.eval_shape(lambda: new_state(step))
-    mined = mined_zeros(config.train.batch_size, num_slots, example)
+    mined = mined_zeros(config.train.batch_size, mining.num_slots, example)
     return place(state), [place(mined)] * flying, batches_from(step)
 
   manager = checkpoints.open_checkpoints(workdir / "checkpoints")
@@ -189,13 +180,7 @@ def train(
     key, model, num_things=categories.num_things, losses=losses
   )
   apply_gradients = step_parts.make_apply_gradients(optimizer)
-  reestimator = MaskReestimator(
-    init=config.reestimation.init,
-    iterations=config.reestimation.iterations,
-    longest_side=config.reestimation.longest_side,
-    workers=config.reestimation.threads or os.cpu_count(),
-    cache_dir=workdir / "masks" / source.fingerprint / store.path.name,
-  )
+  reestimator = build.open_reestimator(config, workdir, source, store)
   submit = functools.partial(
     reestimation.submit,
     reestimator,
@@ -222,7 +207,8 @@ def train(
   if not first_step:
     best = {"panoptic": "pq", "instance": "map50", "detection": "map"}
     measures = [f"val/{best[config.task]}"] if evaluate else []
-    writer.describe(_flat(config), measures=["loss/total", *measures])
+    settings = flatten_dict(config.to_dict(), sep=".")
+    writer.describe(settings, measures=["loss/total", *measures])
   meter = Meter()
   bar = progress(
     description="train", total=last_step, initial=first_step, unit="step"
@@ -301,19 +287,6 @@ def train(
   writer.close()
   manager.close()
   return state
-
-
-def _flat(
-  config: ml_collections.ConfigDict, prefix: str = ""
-) -> dict[str, Any]:
-  """Field -> value, such as "train.steps" -> 1000."""
-  flat = {}
-  for name, value in config.items():
-    if isinstance(value, ml_collections.ConfigDict):
-      flat |= _flat(value, f"{prefix}{name}.")
-    else:
-      flat[prefix + name] = value
-  return flat
 
 
 class Meter:

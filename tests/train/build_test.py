@@ -57,7 +57,8 @@ def test_every_configuration_builds(name):
   jax.eval_shape(optimizer.init, params)
   warm_up = build.warm_up_optimizer(config, params)
   assert (warm_up is not None) == (config.warm_up.steps > 0)
-  mining = build.mining_settings(config, num_things=3, num_slots=7)
+  tags = np.array([[1, 0, 0, 1, 1]])  # a thing, and three segments a stuff
+  mining = build.mining_settings(config, num_things=3, tags=tags)
   assert mining.num_slots == 7
   assert mining.score_ratio == config.mining.score_ratio
   losses = build.loss_settings(config)
