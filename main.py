@@ -11,6 +11,8 @@ evaluate. A run that was stopped goes on where it was.
 
 import os
 import pathlib
+import re
+import signal
 import sys
 from typing import NoReturn
 
@@ -63,6 +65,33 @@ _BEAM = flags.DEFINE_string(
   "For --mode=prepare and propose: options of an Apache Beam pipeline that does"
   " all --num_shards parts, such as '--runner=DirectRunner'.",
 )
+_INIT_FROM = flags.DEFINE_string(
+  "init_from",
+  None,
+  "For training: start with the weights of another run, by its workdir or one"
+  " of its checkpoints. Short for --config.train.init_from.",
+)
+_PROFILE = flags.DEFINE_string(
+  "profile",
+  None,
+  "For training: keep a trace of the steps FIRST:LAST in WORKDIR/profile.",
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed",
+  False,
+  "For --mode=train: this is one of several processes, on as many hosts. Finds"
+  " the others by itself on TPU pods and under Slurm and Open MPI; elsewhere"
+  " the next three flags tell (docs/pods.md).",
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "HOST:PORT of the first process, for --distributed."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "Processes in all, for --distributed."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Number of this process, from 0, for --distributed."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -90,14 +119,29 @@ def main(argv: list[str]) -> None:
       f"--workdir={_WORKDIR.value}: must be a folder of this machine; URLs may"
       " be data.root, data.sbd, data.prepared, proposals.store and --input"
     )
+  if _DISTRIBUTED.value and _MODE.value != "train":
+    _fail("--distributed is for --mode=train; the other modes run on one host")
+  by_hand = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  given = [value is not None for value in by_hand]
+  if any(given) and not (_DISTRIBUTED.value and all(given)):
+    _fail(
+      "--coordinator, --num_processes and --process_id go together, with"
+      " --distributed"
+    )
+  if _INIT_FROM.value:
+    with _CONFIG.value.unlocked():
+      _CONFIG.value.train.init_from = _INIT_FROM.value
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax and TFDS tell too much
   sys.stdout.reconfigure(line_buffering=True)  # in order, in a log file too
   # Late, so that --help and a wrong flag answer at once.
-  from jtsm_jax import run
+  from jtsm_jax import distributed, run
+  from jtsm_jax.train.stopping import Stopped
   from jtsm_jax.types import InputError
 
   try:
+    if _DISTRIBUTED.value:
+      distributed.start(*by_hand)
     run.run(
       _CONFIG.value,
       pathlib.Path(_WORKDIR.value),
@@ -106,9 +150,13 @@ def main(argv: list[str]) -> None:
       shard=_SHARD.value,
       num_shards=_NUM_SHARDS.value,
       beam=_BEAM.value or "",
+      profile=_profiled_steps(),
     )
   except InputError as error:
     _fail(str(error))
+  except Stopped as stopped:
+    print("\nstopped and saved; the same command goes on from here")
+    sys.exit(130 if stopped.signal == signal.SIGINT else 0)
   except KeyboardInterrupt:
     print(
       "\nstopped; the same command goes on from the newest checkpoint",
@@ -118,6 +166,16 @@ def main(argv: list[str]) -> None:
     # At once: threads that still save would only complain. What is on disk is
     # whole at any time.
     os._exit(130)
+
+
+def _profiled_steps() -> tuple[int, int] | None:
+  if not _PROFILE.value:
+    return None
+  found = re.fullmatch(r"(\d+):(\d+)", _PROFILE.value)
+  first, last = map(int, found.groups()) if found else (1, 0)
+  if first >= last:
+    _fail(f"--profile={_PROFILE.value}: wanted FIRST:LAST, such as 100:105")
+  return first, last
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

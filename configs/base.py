@@ -147,12 +147,28 @@ def get_config() -> ml_collections.ConfigDict:
   c.train = ml_collections.ConfigDict()
   c.train.steps = 100_000
   c.train.batch_size = 4  # over all devices
+  # Parts of a batch that follow one another, where memory is short; the result
+  # is the same.
+  c.train.accumulation = 1
+  # Devices that share the neck's layers; the others share the batch.
+  c.train.model_parallel = 1
+  c.train.divide_optimizer = False  # its slots over the devices of the batch
   c.train.optimizer = "sgd"  # or "adamw"
   c.train.learning_rate = 0.01
+  # The batch size that the rate is for: it grows with the batch. 0 = any.
+  c.train.reference_batch_size = 0
+  c.train.rise = 0  # steps in which the rate grows to its value
   c.train.boundaries = (70_000,)  # steps at which the rate drops tenfold
   c.train.momentum = 0.9
   c.train.weight_decay = 5e-4
   c.train.bias_lr_factor = 1.0  # 2 in the authors' code
+  # A moving average of the weights, evaluated beside them; 0 = none.
+  c.train.ema_decay = 0.0
+  # Start with the weights of another run: its workdir, or one of its
+  # checkpoints (--init_from). Patterns of paths that start anew, such as
+  # ("params/heads/", "params/semantic/"), where the classes differ.
+  c.train.init_from = ""
+  c.train.init_skip = ()
   c.train.log_every = 20
   c.train.images_every = 1000  # pictures of what is mined, in TensorBoard
   c.train.checkpoint_every = 1000
@@ -190,6 +206,7 @@ def get_config() -> ml_collections.ConfigDict:
   # all of them take P x 49 x C numbers an image. 0 = all.
   c.evaluation.proposal_block = 0
   c.evaluation.flip = True  # average over mirror images, too
+  c.evaluation.ema = False  # the averaged weights, also for predict and export
   c.evaluation.voc_metric = "area"  # of boxes; "11point" for VOC 2007
   c.evaluation.calibrate = False  # class thresholds from the training tags
   c.evaluation.mil_share = 0.0  # of S^MIL in the average of the heads

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import platform
 
+import jax
 import ml_collections
 from flax.traverse_util import flatten_dict
 
 from jtsm_jax.data import prepared
 from jtsm_jax.data.audit import class_table
-from jtsm_jax.data.files import PathOrUrl, is_local
+from jtsm_jax.data.files import PathOrUrl, cache_folder, is_local
 from jtsm_jax.modes.data import (
   audit_data,
   prepare,
@@ -74,6 +76,7 @@ def run(
   shard: int = 0,
   num_shards: int = 1,
   beam: str = "",
+  profile: tuple[int, int] | None = None,
 ) -> None:
   """Runs a mode of main.py.
 
@@ -85,6 +88,7 @@ def run(
     images: folder, pattern or file of images, or its URL, for "predict".
     shard, num_shards: which part of the images, for "prepare" and "propose".
     beam: options of an Apache Beam pipeline that does all parts; "" for none.
+    profile: the first and the last step of a trace, for training.
 
   Raises:
     InputError: a path, a file or a field of the configuration is at fault.
@@ -96,6 +100,7 @@ def run(
       "(--mode=train), or check --workdir"
     )
   build.check_fields(config)  # wrong ones now, not after the proposals
+  _keep_compiled_programs()
   claim_workdir(workdir, config)
   if mode == "predict":
     return predict_images(config, workdir, images)
@@ -127,7 +132,7 @@ def run(
     return None
   store = propose(config, workdir, data)
   if mode in ("all", "train"):
-    run_training(config, workdir, data, store)
+    run_training(config, workdir, data, store, profile=profile)
   if mode in ("all", "evaluate"):
     run_evaluation(config, workdir, data, store)
   if mode == "report":
@@ -181,6 +186,14 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(mine, indent=1))
     os.replace(draft, path)
+
+
+def _keep_compiled_programs() -> None:
+  """The same program is compiled once on a machine, not in every run."""
+  if not jax.config.jax_compilation_cache_dir:  # not chosen by the user
+    # Programs for one processor may not run on another one.
+    folder = cache_folder() / "compiled" / platform.node()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _is_trained(workdir: pathlib.Path) -> bool:

@@ -114,9 +114,7 @@ def make_score_step(
 
   def describe(variables, features, batch):
     def described(part: Batch) -> jax.Array:
-      return model.apply(
-        variables, features, part, train=False, method="describe"
-      )
+      return model.apply(variables, features, part, method="describe")
 
     count = batch.valid.shape[1]
     if not 0 < proposal_block < count:

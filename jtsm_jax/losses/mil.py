@@ -13,6 +13,7 @@ def mil_loss(
   *,
   valid: jax.Array,
   reduction: str = "sum",
+  count: jax.Array | None = None,
 ) -> jax.Array:
   """Binary cross-entropy of the image scores (Eq. 2), mean over images.
 
@@ -21,6 +22,7 @@ def mil_loss(
     tags: [B, K] float32, 0 or 1, t.
     valid: [B] bool; padding examples do not count.
     reduction: over classes: "sum" (paper) or "mean" (the authors' code).
+    count: images of the whole batch, where these are a part of it.
 
   Returns:
     A scalar.
@@ -32,7 +34,7 @@ def mil_loss(
     raise ValueError(f"reduction is {reduction!r}; wanted 'sum' or 'mean'")
   loss = -(tags * jnp.log(image_scores) + (1 - tags) * jnp.log1p(-image_scores))
   loss = loss.sum(-1) if reduction == "sum" else loss.mean(-1)
-  return masked_mean(loss, valid)
+  return masked_mean(loss, valid, count=count)
 
 
 def tag_loss(logits: jax.Array, tags: jax.Array, *, valid: jax.Array):
@@ -41,7 +43,14 @@ def tag_loss(logits: jax.Array, tags: jax.Array, *, valid: jax.Array):
   return masked_mean(loss, valid)
 
 
-def masked_mean(values: jax.Array, valid: jax.Array) -> jax.Array:
-  """Mean of the valid values; 0 when there is none."""
-  weight = valid.astype(values.dtype)
-  return (values * weight).sum() / jnp.maximum(weight.sum(), 1)
+def masked_mean(
+  values: jax.Array, valid: jax.Array, *, count: jax.Array | None = None
+) -> jax.Array:
+  """Mean of the valid values; 0 when there is none.
+
+  With `count`, their sum over it: the means of the parts of a batch, each over
+  the count of the whole, sum up to the mean of the whole.
+  """
+  total = jnp.where(valid, values, 0).sum()
+  count = valid.sum() if count is None else count
+  return total / jnp.maximum(count, 1)

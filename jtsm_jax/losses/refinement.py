@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jtsm_jax.losses.mil import masked_mean
 from jtsm_jax.types import Mined
 
 
@@ -15,6 +16,7 @@ def refinement_loss(
   *,
   valid: jax.Array,
   reduction: str = "mean",
+  count: jax.Array | None = None,
 ) -> jax.Array:
   """Weighted cross-entropy of one refinement head with its pseudo labels.
 
@@ -24,6 +26,7 @@ def refinement_loss(
     valid: [B, P] bool.
     reduction: over an image's proposals: "mean" over the valid ones, or "sum"
       (Eq. 3 to the letter). Images are averaged.
+    count: images with proposals of the whole batch, where these are a part.
 
   Returns:
     A scalar.
@@ -36,8 +39,7 @@ def refinement_loss(
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, mined.label)
   weight = jax.lax.stop_gradient(mined.weight) * valid
   loss = (loss * weight).sum(1)
-  count = valid.sum(1)
+  proposals = valid.sum(1)
   if reduction == "mean":
-    loss = loss / jnp.maximum(count, 1)
-  images = (count > 0).astype(loss.dtype)
-  return (loss * images).sum() / jnp.maximum(images.sum(), 1)
+    loss = loss / jnp.maximum(proposals, 1)
+  return masked_mean(loss, proposals > 0, count=count)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jtsm_jax.losses.mil import masked_mean
 from jtsm_jax.types import Mined, PseudoMasks
 
 IGNORE = -1
@@ -13,16 +14,15 @@ IGNORE = -1
 
 
 def sample_instances(
-  key: jax.Array, mined: Mined, boxes: jax.Array, *, num_things: int, count: int
+  keys: jax.Array, mined: Mined, *, num_things: int, count: int
 ) -> tuple[jax.Array, jax.Array]:
   """Chooses the proposals that the instance branch learns from.
 
   All proposals labelled with a thing, or a random `count` of them.
 
   Args:
-    key: random key.
+    keys: [B] random keys of the images.
     mined: pseudo labels.
-    boxes: [B, P, 4].
     num_things: T.
     count: N.
 
@@ -30,8 +30,10 @@ def sample_instances(
     index [B, N] int32 of the proposals and valid [B, N] bool.
   """
   labelled = (mined.label < num_things) & (mined.weight > 0)
-  priority = jnp.where(labelled, jax.random.uniform(key, labelled.shape), -1.0)
-  count = min(count, boxes.shape[1])
+  P = labelled.shape[1]
+  drawn = jax.vmap(lambda key: jax.random.uniform(key, (P,)))(keys)
+  priority = jnp.where(labelled, drawn, -1.0)
+  count = min(count, P)
   value, index = jax.lax.top_k(priority, count)
   return index, value >= 0
 
@@ -65,6 +67,8 @@ def instance_loss(
   category: jax.Array,
   weight: jax.Array,
   valid: jax.Array,
+  *,
+  count: jax.Array | None = None,
 ) -> jax.Array:
   """Binary cross-entropy of the assigned class's mask (Eq. 9).
 
@@ -74,6 +78,7 @@ def instance_loss(
     category: [B, N] int32 thing class.
     weight: [B, N] float32, y of the class; ones leave the loss unweighted.
     valid: [B, N] bool, the foreground proposals.
+    count: foreground proposals of the whole batch, where these are a part.
 
   Returns:
     A scalar: mean over pixels, then over foreground proposals.
@@ -83,8 +88,7 @@ def instance_loss(
     logits, channel[:, :, None, None, None], axis=-1
   )[..., 0]
   loss = optax.sigmoid_binary_cross_entropy(chosen, targets).mean((2, 3))
-  loss = jnp.where(valid, loss * weight, 0.0)
-  return loss.sum() / jnp.maximum(valid.sum(), 1)
+  return masked_mean(loss * weight, valid, count=count)
 
 
 def semantic_targets(
@@ -115,12 +119,15 @@ def semantic_targets(
   return jnp.where(painted.max(1) > 0, label.reshape(winner.shape), IGNORE)
 
 
-def semantic_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def semantic_loss(
+  logits: jax.Array, targets: jax.Array, *, count: jax.Array | None = None
+) -> jax.Array:
   """Pixel cross-entropy (Eq. 10), mean over the covered pixels.
 
   Args:
     logits: [B, Hf, Wf, 1 + stuff] float32; resized to the targets.
     targets: [B, h, w] int32, `IGNORE` where nothing is known.
+    count: covered pixels of the whole batch, where these images are a part.
 
   Returns:
     A scalar.
@@ -131,4 +138,4 @@ def semantic_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
   loss = optax.softmax_cross_entropy_with_integer_labels(
     logits, jnp.where(covered, targets, 0)
   )
-  return (loss * covered).sum() / jnp.maximum(covered.sum(), 1)
+  return masked_mean(loss, covered, count=count)

@@ -50,17 +50,29 @@ class JTSM(nn.Module):
     return self.proposal_features.pool(features, batch)
 
   def mine(
-    self, features: jax.Array, batch: Batch, *, train: bool
+    self, features: jax.Array, batch: Batch, keys: jax.Array | None = None
   ) -> MiningOutputs:
     """The panoptic mining branch (section 3.2)."""
-    described = self.describe(features, batch, train=train)
-    return self.judge(described, batch.valid)
+    return self.judge(self.describe(features, batch, keys), batch.valid)
 
   def describe(
-    self, features: jax.Array, batch: Batch, *, train: bool
+    self,
+    features: jax.Array,
+    batch: Batch,
+    keys: jax.Array | None = None,
+    *,
+    first: int = 0,
   ) -> jax.Array:
-    """The first half of `mine`: [B, P, D], each proposal by itself."""
-    return self.neck(self.proposal_features(features, batch), train=train)
+    """The first half of `mine`: [B, P, D], each proposal by itself.
+
+    Args:
+      features: [B, Hf, Wf, C].
+      batch: with all proposals, or a part of them.
+      keys: [B] random keys of the images, for dropout; None at test time.
+      first: index of the batch's first proposal among the image's.
+    """
+    described = self.proposal_features(features, batch)
+    return self.neck(described, keys, first=first)
 
   def judge(self, described: jax.Array, valid: jax.Array) -> MiningOutputs:
     """The second half of `mine`: compares the proposals of an image."""
@@ -85,7 +97,7 @@ class JTSM(nn.Module):
   def __call__(self, batch: Batch) -> None:
     """Touches every branch, so that `init` makes all variables."""
     features = self.features(batch.replace(features=None))
-    self.mine(features, batch, train=False)
+    self.mine(features, batch)
     self.tag_logits(self.stages(batch.images, train=False), batch.size)
     if self.instance is not None:
       self.instance_logits(features, batch.boxes[:, :1])

@@ -29,13 +29,30 @@ class Neck(nn.Module):
   share_input_dropout: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """Maps [B, P, D] to [B, P, widths[-1]]."""
-    x = nn.Dropout(
+  def __call__(
+    self, x: jax.Array, keys: jax.Array | None = None, *, first: int = 0
+  ) -> jax.Array:
+    """Maps [B, P, D] to [B, P, widths[-1]].
+
+    Args:
+      x: proposal features.
+      keys: [B] random keys of the images, for dropout; None at test time.
+      first: index of x[:, 0] among the image's proposals, where x is a part of
+        them: each proposal has its own dropout, however they are divided.
+    """
+    # One stream of keys for the input and for each layer.
+    streams = [None] * (1 + len(self.widths))
+    if keys is not None:
+      streams = jnp.moveaxis(
+        jax.vmap(lambda key: jax.random.split(key, len(streams)))(keys), 1, 0
+      )
+    x = dropout(
+      streams[0],
+      x,
       self.input_dropout,
-      broadcast_dims=(1,) if self.share_input_dropout else (),
-      deterministic=not train,
-    )(x)
+      first=first,
+      shared=self.share_input_dropout,
+    )
     for i, width in enumerate(self.widths):
       x = nn.Dense(
         width,
@@ -43,8 +60,43 @@ class Neck(nn.Module):
         bias_init=nn.initializers.constant(0.1),
         name=f"fc{i + 1}",
       )(x)
-      x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(x))
+      x = dropout(streams[i + 1], nn.relu(x), self.dropout, first=first)
     return x
+
+
+def dropout(
+  keys: jax.Array | None,
+  x: jax.Array,
+  rate: float,
+  *,
+  first: int = 0,
+  shared: bool = False,
+) -> jax.Array:
+  """Sets features to 0 with probability `rate`; the others make up for it.
+
+  The keys are those of images, so that the result does not depend on how a
+  batch is divided over devices and over the parts of a step.
+
+  Args:
+    keys: [B]; None changes nothing.
+    x: [B, P, D].
+    rate: in [0, 1).
+    first: index of x[:, 0] among the image's proposals.
+    shared: all proposals of an image lose the same features.
+  """
+  if keys is None or not rate:
+    return x
+
+  def kept(key: jax.Array) -> jax.Array:
+    return jax.random.bernoulli(key, 1 - rate, x.shape[-1:])
+
+  def of_image(key: jax.Array) -> jax.Array:
+    if shared:
+      return kept(key)[None]
+    index = first + jnp.arange(x.shape[1])
+    return jax.vmap(lambda i: kept(jax.random.fold_in(key, i)))(index)
+
+  return jnp.where(jax.vmap(of_image)(keys), x / (1 - rate), 0)
 
 
 class MiningHeads(nn.Module):

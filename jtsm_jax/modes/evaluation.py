@@ -54,7 +54,9 @@ def run_evaluation(
 ) -> None:
   """Evaluates the last checkpoint: table, metrics.json and pictures."""
   model = build.build_model(config, data.categories)
-  step, variables = checkpoints.restore_variables(workdir / "checkpoints")
+  step, variables = checkpoints.restore_variables(
+    workdir / "checkpoints", averaged=config.evaluation.ema
+  )
   variables = jax.device_put(variables)  # once, not with every batch
   args = config, workdir, model, variables, data, store
   calibration = calibrate(*args)

@@ -50,7 +50,9 @@ def load_trained(
     InputError: one of them is missing, damaged, or made with other settings.
   """
   model = build.build_model(config, categories)
-  step, variables = checkpoints.restore_variables(workdir / "checkpoints")
+  step, variables = checkpoints.restore_variables(
+    workdir / "checkpoints", averaged=config.evaluation.ema
+  )
   calibration = ClassCalibration.neutral(len(categories))
   if config.evaluation.calibrate:
     calibration = load_calibration(
@@ -99,7 +101,7 @@ def prediction_settings(config: Config) -> PredictionSettings:
 
 def calibration_key(config: Config, step: int) -> dict[str, Any]:
   """What a calibration depends on: the weights, and how scores are made."""
-  names = ("calibrate", "canvases", "flip", "mil_share")
+  names = ("calibrate", "canvases", "ema", "flip", "mil_share")
   values = {name: config.evaluation[name] for name in names}
   return {"step": step} | jsonable(values)
 

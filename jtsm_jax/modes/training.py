@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import pathlib
+from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -25,7 +27,7 @@ from jtsm_jax.reporting import stages
 from jtsm_jax.reporting.visualize import write_image
 from jtsm_jax.train import build
 from jtsm_jax.train.loop import train
-from jtsm_jax.train.state import TrainState
+from jtsm_jax.train.stopping import Stopping
 
 Config = ml_collections.ConfigDict
 
@@ -37,12 +39,19 @@ def run_training(
   workdir: pathlib.Path,
   data: PreparedData,
   store: stores.ProposalStore,
+  *,
+  profile: tuple[int, int] | None = None,
 ) -> None:
-  """Trains to the last step, evaluating on the way where there are targets."""
+  """Trains to the last step, evaluating on the way where there are targets.
+
+  Raises:
+    Stopped: a signal has come; the state is saved.
+  """
   model = build.build_model(config, data.categories)
 
-  def evaluate_state(state: TrainState):
-    args = config, workdir, model, state.variables, data, store
+  def evaluate_variables(variables: dict[str, Any]):
+    variables = jax.device_put(variables)  # once, not with every batch
+    args = config, workdir, model, variables, data, store
     calibration = calibrate(*args)
     pictures = {}
 
@@ -62,16 +71,21 @@ def run_training(
     say(final_table(result))
     return main_measures(result), pictures
 
-  train(
-    config,
-    workdir,
-    data=data,
-    store=store,
-    evaluate=evaluate_state if has_truth_for_task(config, data) else None,
-    show_mined=functools.partial(
-      _draw_mined, workdir / "mining", data, with_fallback(store)
-    ),
+  show_mined = functools.partial(
+    _draw_mined, workdir / "mining", data, with_fallback(store)
   )
+  has_truth = has_truth_for_task(config, data)
+  with Stopping() as stopping:
+    train(
+      config,
+      workdir,
+      data=data,
+      store=store,
+      stopping=stopping,
+      evaluate=evaluate_variables if has_truth else None,
+      show_mined=show_mined if jax.process_index() == 0 else None,
+      profile=profile,
+    )
 
 
 def _draw_mined(

@@ -16,7 +16,7 @@ from jtsm_jax.data.prepared import RecordSource
 from jtsm_jax.data.sampling import fitting_canvases
 from jtsm_jax.mining import labels
 from jtsm_jax.models.jtsm import JTSM
-from jtsm_jax.train.step import MiningSettings
+from jtsm_jax.train.objectives import MiningSettings
 from jtsm_jax.types import Batch
 
 
@@ -70,9 +70,7 @@ def mine_images(
   @jax.jit
   def mine(variables: Any, batch: Batch):
     features = model.apply(variables, batch, method="features")
-    outputs = model.apply(
-      variables, features, batch, train=False, method="mine"
-    )
+    outputs = model.apply(variables, features, batch, method="mine")
     scores = outputs.mil_scores
     if outputs.refinement_logits:
       scores = jax.nn.softmax(outputs.refinement_logits[-1])[..., :-1]

@@ -6,6 +6,7 @@ import math
 import operator
 import os
 import pathlib
+import re
 from typing import Any
 
 import ml_collections
@@ -26,8 +27,8 @@ from jtsm_jax.models.proposal_features import ProposalFeatures
 from jtsm_jax.models.semantic_branch import SemanticBranch
 from jtsm_jax.proposals.store import ProposalStore
 from jtsm_jax.train.feature_cache import FeatureCache, cache_bytes
-from jtsm_jax.train.schedule import make_optimizer, step_decay
-from jtsm_jax.train.step import LossSettings, MiningSettings
+from jtsm_jax.train.objectives import LossSettings, MiningSettings
+from jtsm_jax.train.schedule import make_optimizer, scaled_rate, step_decay
 from jtsm_jax.types import Categories, InputError
 
 STAGES = {
@@ -113,6 +114,22 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
     raise InputError(
       f"config.evaluation.proposal_block is {block}; wanted a multiple of 8, or"
       " 0 for all proposals at once"
+    )
+  c = config.train
+  if c.accumulation < 1 or c.batch_size % c.accumulation:
+    raise InputError(
+      f"config.train.accumulation is {c.accumulation}; it must divide "
+      f"config.train.batch_size = {c.batch_size}"
+    )
+  if not 0 <= c.ema_decay < 1:
+    raise InputError(
+      f"config.train.ema_decay is {c.ema_decay}; wanted a number in [0, 1), "
+      "such as 0.999; 0 keeps no average"
+    )
+  if config.evaluation.ema and not c.ema_decay:
+    raise InputError(
+      "config.evaluation.ema asks for the average of the weights, and "
+      "config.train.ema_decay = 0 keeps none"
     )
   if config.data.colour_factor < 1:
     raise InputError(
@@ -244,6 +261,14 @@ def canvases(
   return found
 
 
+def keeps_constants(config: ml_collections.ConfigDict) -> bool:
+  """Whether the "constants" of the model come from another run."""
+  skip = config.train.init_skip
+  return bool(config.train.init_from) and not any(
+    re.match(pattern, "constants/") for pattern in skip
+  )
+
+
 def warm_up_optimizer(
   config: ml_collections.ConfigDict, params: Any
 ) -> optax.GradientTransformation | None:
@@ -281,7 +306,15 @@ def main_optimizer(
   return make_optimizer(
     params,
     name=c.optimizer,
-    schedule=step_decay(c.learning_rate, boundaries=tuple(c.boundaries)),
+    schedule=step_decay(
+      scaled_rate(
+        c.learning_rate,
+        batch_size=c.batch_size,
+        reference_batch_size=c.reference_batch_size,
+      ),
+      boundaries=tuple(c.boundaries),
+      rise=c.rise,
+    ),
     momentum=c.momentum,
     weight_decay=c.weight_decay,
     bias_lr_factor=c.bias_lr_factor,

@@ -6,7 +6,8 @@ the pooled proposals. They are set once, when mining begins.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,31 +15,38 @@ import numpy as np
 from jtsm_jax.console import progress
 from jtsm_jax.models.features import fit_projection
 from jtsm_jax.models.jtsm import JTSM
-from jtsm_jax.train.state import TrainState
 from jtsm_jax.types import Batch
 
 CELLS_PER_IMAGE = 64
 
 
 def calibrate(
-  model: JTSM, state: TrainState, batches: Sequence[Batch], *, seed: int
-) -> TrainState:
+  model: JTSM,
+  variables: Mapping[str, Any],
+  batches: Sequence[Batch],
+  *,
+  seed: int,
+) -> dict[str, Any]:
   """Sets the "constants" of the model; does nothing to a model without any.
 
   Args:
     model: the model.
-    state: its variables are read; the result differs in "constants" only.
+    variables: what `model.apply` takes.
     batches: training batches with images.
     seed: of the choice of cells.
+
+  Returns:
+    Variables that differ in "constants" only.
   """
+  variables = dict(variables)
   if model.extractor.projection:
-    state = _fit_projection(model, state, batches, seed)
+    variables = _fit_projection(model, variables, batches, seed)
   if model.proposal_features.center:
-    state = _fit_center(model, state, batches)
-  return state
+    variables = _fit_center(model, variables, batches)
+  return variables
 
 
-def _fit_projection(model, state, batches, seed):
+def _fit_projection(model, variables, batches, seed):
   stages = jax.jit(
     lambda variables, images: model.apply(
       variables, images, train=False, method="stages"
@@ -47,7 +55,7 @@ def _fit_projection(model, state, batches, seed):
   random = np.random.default_rng(seed)
   cells = []
   for batch in progress(batches, "set up", unit="batch"):
-    maps = np.asarray(stages(state.variables, batch.images))
+    maps = np.asarray(stages(variables, batch.images))
     limits = -(-np.asarray(batch.size) // model.extractor.stride)
     for features, (rows, columns), index in zip(
       maps, limits, np.asarray(batch.image_index), strict=True
@@ -63,7 +71,7 @@ def _fit_projection(model, state, batches, seed):
     lambda variables, images: model.apply(
       variables, images, method=_stage_channels
     ),
-    state.variables,
+    variables,
     batches[0].images,
   )
   mean, matrix = fit_projection(
@@ -72,7 +80,7 @@ def _fit_projection(model, state, batches, seed):
     model.extractor.projection,
   )
   return _with_constants(
-    state, ("extractor", "project"), {"mean": mean, "matrix": matrix}
+    variables, ("extractor", "project"), {"mean": mean, "matrix": matrix}
   )
 
 
@@ -82,7 +90,7 @@ def _stage_channels(model: JTSM, images: jax.Array) -> list[jax.Array]:
   return [stages[name] for name in extractor.outputs]
 
 
-def _fit_center(model, state, batches):
+def _fit_center(model, variables, batches):
   @jax.jit
   def moments(variables, batch):
     features = model.apply(variables, batch, method="features")
@@ -95,7 +103,7 @@ def _fit_center(model, state, batches):
 
   count, sums = 0.0, None
   for batch in batches:
-    n, parts = jax.device_get(moments(state.variables, batch))
+    n, parts = jax.device_get(moments(variables, batch))
     parts = [np.asarray(p, np.float64) for p in parts]
     count += n
     sums = (
@@ -109,13 +117,13 @@ def _fit_center(model, state, batches):
     variance = np.maximum(second / count - mean**2, 0)
     constants[f"mean_{i}"] = mean.astype(np.float32)
     constants[f"scale_{i}"] = np.float32(max(np.sqrt(variance.mean()), 1e-6))
-  return _with_constants(state, ("proposal_features",), constants)
+  return _with_constants(variables, ("proposal_features",), constants)
 
 
-def _with_constants(state, path, values):
-  constants = jax.tree.map(lambda x: x, state.model_state["constants"])
+def _with_constants(variables, path, values):
+  constants = jax.tree.map(lambda x: x, variables["constants"])
   node = constants
   for name in path:
     node = node[name]
   node.update(jax.tree.map(jax.numpy.asarray, values))
-  return state.replace(model_state=state.model_state | {"constants": constants})
+  return variables | {"constants": constants}

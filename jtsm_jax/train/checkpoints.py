@@ -1,17 +1,22 @@
-"""Orbax checkpoints of a run: state, data position, segments in flight."""
+"""Orbax checkpoints of a run: its state, segments in flight, its settings.
+
+Random numbers and batches are pure functions of the seed and the step, so the
+step is all that a resumed run needs to go on with both of them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -22,20 +27,11 @@ from jtsm_jax.types import InputError
 def open_checkpoints(
   directory: pathlib.Path, *, keep_last: int = 2
 ) -> ocp.CheckpointManager:
-  """The checkpoints of a run: the last ones and the best one."""
+  """The checkpoints in a folder, of which the last ones are kept."""
   return ocp.CheckpointManager(
     directory.absolute(),
     options=ocp.CheckpointManagerOptions(
-      preservation_policy=policies.AnyPreservationPolicy(
-        [
-          policies.LatestN(keep_last),
-          policies.BestN(
-            get_metric_fn=lambda metrics: metrics["score"],
-            n=1,
-            keep_checkpoints_without_metrics=False,
-          ),
-        ]
-      ),
+      preservation_policy=policies.LatestN(keep_last),
       cleanup_tmp_directories=True,
     ),
   )
@@ -45,8 +41,8 @@ def save(
   manager: ocp.CheckpointManager,
   state: TrainState,
   in_flight: list[Any],
-  iterator: Any,
   *,
+  config: Mapping[str, Any],
   score: float | None = None,
 ) -> None:
   """Saves in the background; the write is atomic.
@@ -55,31 +51,32 @@ def save(
     manager: from `open_checkpoints`.
     state: after `state.step` updates.
     in_flight: mined segments whose masks have not been learnt from yet.
-    iterator: the grain iterator of the training batches.
-    score: the higher the better, when this state was evaluated.
+    config: the settings of the run, for JSON.
+    score: of this state, where it was evaluated; see `best_score`.
   """
   items = {
     "state": ocp.args.StandardSave(state),
     "in_flight": ocp.args.StandardSave(_in_flight_tree(in_flight)),
-    "data": grain.checkpoint.CheckpointSave(iterator),
+    "config": ocp.args.JsonSave(dict(config)),
   }
-  metrics = None if score is None else {"score": score}
-  if metrics is not None:
-    # Orbax writes `metrics` only with `best_fn`, and then asks for them in
-    # every save. Without this file a resumed run forgets which one is best.
-    items["metrics"] = ocp.args.JsonSave(metrics)
-  manager.save(
-    int(state.step),
-    args=ocp.args.Composite(**items),
-    metrics=metrics,
-    force=True,
-  )
+  if score is not None:
+    items["score"] = ocp.args.JsonSave({"score": score})
+  manager.save(int(state.step), args=ocp.args.Composite(**items), force=True)
+
+
+def best_score(manager: ocp.CheckpointManager) -> float:
+  """The score of the newest checkpoint; -inf where there is none."""
+  step = manager.latest_step()
+  if step is None:
+    return -np.inf
+  args = ocp.args.Composite(score=ocp.args.JsonRestore())
+  return manager.restore(step, args=args)["score"]["score"]
 
 
 def restore_latest(
   manager: ocp.CheckpointManager,
-  template_at: Callable[[int], tuple[TrainState, list[Any], Any]],
-) -> tuple[TrainState, list[Any], Any] | None:
+  template_at: Callable[[int], tuple[TrainState, list[Any]]],
+) -> tuple[TrainState, list[Any]] | None:
   """Restores the newest checkpoint that can be read.
 
   A damaged one is named in a warning and the one before it is taken. It is
@@ -88,30 +85,37 @@ def restore_latest(
   Args:
     manager: from `open_checkpoints`.
     template_at: from a step to what its checkpoint holds: the shapes of the
-      state, those of the segments in flight, and an iterator, whose position
-      is then set.
+      state and those of the segments in flight.
 
   Returns:
-    (state, in_flight, iterator), or None when there is no checkpoint.
+    (state, in_flight), or None when there is no checkpoint.
 
   Raises:
-    InputError: there are checkpoints and none of them can be read.
+    InputError: there are checkpoints and none of them can be read, or one does
+      not fit the model; names every array that is missing or differs.
   """
   steps = sorted(manager.all_steps(), reverse=True)
   for tried, step in enumerate(steps):
-    state, in_flight, iterator = template_at(step)
+    state, in_flight = template_at(step)
     args = ocp.args.Composite(
       state=ocp.args.StandardRestore(state),
       in_flight=ocp.args.StandardRestore(_in_flight_tree(in_flight)),
-      data=grain.checkpoint.CheckpointRestore(iterator),
     )
     try:
-      restored = manager.restore(step, args=args)
+      path = manager.directory / str(step)
+      misfits = _misfits(_saved_leaves(path), _leaves(state))
+      restored = None if misfits else manager.restore(step, args=args)
     except Exception as error:  # Orbax raises many kinds for damaged files.
       _warn_damaged(manager, step, error)
       continue
+    if misfits:
+      raise InputError(
+        f"{path} does not fit the model of this configuration:\n  "
+        + "\n  ".join(misfits)
+        + "\nGive another --workdir, or the settings that it was made with"
+      )
     _set_aside(manager, steps[:tried])
-    return restored["state"], restored["in_flight"]["mined"], restored["data"]
+    return restored["state"], restored["in_flight"]["mined"]
   if steps:
     raise InputError(
       f"{manager.directory}: none of the checkpoints {steps[::-1]} can be read;"
@@ -120,40 +124,136 @@ def restore_latest(
   return None
 
 
-def restore_variables(directory: pathlib.Path) -> tuple[int, dict[str, Any]]:
+def restore_variables(
+  directory: pathlib.Path, *, averaged: bool = False
+) -> tuple[int, dict[str, Any]]:
   """The newest readable weights, for evaluation and prediction.
 
   Args:
     directory: the checkpoints of a run.
+    averaged: take the moving average of the parameters.
 
   Returns:
     The step and what `model.apply` takes, as numpy arrays.
 
   Raises:
-    InputError: there is no checkpoint, or none can be read.
+    InputError: there is no checkpoint, or none can be read, or it has no
+      average.
   """
   remedy = "train first (--mode=train), or check --workdir"
   if not directory.is_dir():
     raise InputError(f"{directory}: there are no checkpoints; {remedy}")
+  params = "ema" if averaged else "params"
   with open_checkpoints(directory) as manager:
     for step in sorted(manager.all_steps(), reverse=True):
       try:
-        state = _restore_arrays(manager, step, ("params", "model_state"))
+        path = manager.directory / str(step)
+        state = _restore_arrays(path, (params, "model_state"))
       except Exception as error:  # Orbax raises many kinds for damaged files.
         _warn_damaged(manager, step, error)
         continue
-      return step, {"params": state["params"], **state["model_state"]}
+      if params not in state:
+        raise InputError(
+          f"{path}: there is no average of the weights yet; it begins with the "
+          "mining"
+        )
+      return step, {"params": state[params], **state.get("model_state", {})}
   raise InputError(f"{directory}: no checkpoint can be read; {remedy}")
 
 
-def _restore_arrays(
-  manager: ocp.CheckpointManager, step: int, fields: tuple[str, ...]
-) -> Any:
+def weights_from(
+  path: pathlib.Path, variables: Mapping[str, Any], *, skip: tuple[str, ...]
+) -> dict[str, Any]:
+  """The weights of another run in the place of those of a new model.
+
+  Args:
+    path: a workdir, a folder of checkpoints, or one checkpoint.
+    variables: of the new model, what `model.apply` takes.
+    skip: patterns of paths ("params/heads/") that keep their values.
+
+  Returns:
+    Variables like the given ones.
+
+  Raises:
+    InputError: there is no checkpoint at `path`, it cannot be read, or arrays
+      are missing or of other shapes; the message names every one of them.
+  """
+  directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+  steps = [int(p.name) for p in directory.glob("[0-9]*") if p.name.isdigit()]
+  if steps and not (directory / "state").is_dir():
+    directory = directory / str(max(steps))
+  if not (directory / "state").is_dir():
+    raise InputError(
+      f"--init_from={path}: there is no checkpoint; give the --workdir of a run"
+      " that has trained, or one of its checkpoints"
+    )
+  try:
+    state = _restore_arrays(directory, ("params", "model_state"))
+  except Exception as error:  # Orbax raises many kinds for damaged files.
+    raise InputError(
+      f"--init_from: {directory} cannot be read ({error}); give another one"
+    ) from error
+  theirs = flatten_dict(
+    {"params": state["params"], **state.get("model_state", {})}
+  )
+  mine = flatten_dict(dict(variables))
+
+  def is_wanted(name: tuple[str, ...]) -> bool:
+    return not any(re.match(pattern, "/".join(name)) for pattern in skip)
+
+  wanted = {name: leaf for name, leaf in mine.items() if is_wanted(name)}
+  misfits = _misfits(
+    {"/".join(k): v for k, v in theirs.items() if k in wanted or k not in mine},
+    {"/".join(k): v for k, v in wanted.items()},
+    excess=False,
+  )
+  if misfits:
+    raise InputError(
+      f"--init_from: {directory} does not fit the model of this configuration:"
+      "\n  " + "\n  ".join(misfits) + "\nTo start some of them anew, name them"
+      " in config.train.init_skip, such as \"('params/heads/',)\""
+    )
+  return unflatten_dict(mine | {name: theirs[name] for name in wanted})
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+  """Arrays by path: {"params/neck/fc1/kernel": array}."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _saved_leaves(path: pathlib.Path) -> dict[str, Any]:
+  with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+    return _leaves(handler.metadata(path / "state").tree)
+
+
+def _misfits(
+  saved: Mapping[str, Any], wanted: Mapping[str, Any], *, excess: bool = True
+) -> list[str]:
+  """What is missing, of another shape or type, or too much; a line each."""
+  lines = []
+  for name in sorted(saved.keys() | wanted.keys()):
+    a, b = saved.get(name), wanted.get(name)
+    if a is None:
+      lines.append(f"{name} {tuple(b.shape)} is missing")
+    elif b is None:
+      if excess:
+        lines.append(f"{name} {tuple(a.shape)} has no place")
+    elif tuple(a.shape) != tuple(b.shape):
+      lines.append(f"{name} is {tuple(a.shape)}, wanted {tuple(b.shape)}")
+    elif np.dtype(a.dtype) != np.dtype(b.dtype):
+      lines.append(f"{name} is {a.dtype}, wanted {b.dtype}")
+  return lines
+
+
+def _restore_arrays(path: pathlib.Path, fields: tuple[str, ...]) -> Any:
   """Some fields of a state as numpy arrays, whatever devices it was made on."""
-  path = manager.directory / str(step) / "state"
+  path = path / "state"
   with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
     tree = handler.metadata(path).tree
-    wanted = {name: tree[name] for name in fields}
+    wanted = {name: tree[name] for name in fields if tree.get(name)}
     as_numpy = jax.tree.map(
       lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
     )

@@ -145,6 +145,22 @@ class MetricWriter:
       self._events = None
     self._purge_step = step + 1
 
+  def has(self, prefix: str, *, step: int) -> bool:
+    """Whether something named "prefix..." has been written for a step."""
+    if not self._active:
+      return False
+    lines = self._path.read_text(encoding="utf-8").splitlines()
+    return any(
+      line["step"] == step and any(name.startswith(prefix) for name in line)
+      for line in map(json.loads, lines)
+    )
+
+  def __enter__(self) -> MetricWriter:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
   def close(self) -> None:
     """Writes out what TensorBoard still holds and closes the files."""
     if not self._active:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -13,6 +14,23 @@ from jtsm_jax.mining.masks import MaskReestimator
 from jtsm_jax.types import Batch, Mined, Proposals, PseudoMasks
 
 Futures = list[list[Future | None]]
+
+
+@dataclasses.dataclass
+class InFlight:
+  """Segments of a step whose masks the branches have not learnt from yet.
+
+  Attributes:
+    batch: this process's part of the batch, on the host.
+    device_batch: the batch on the devices.
+    mined: its segments, on the devices, as soon as the step has found them.
+    futures: of their masks, as soon as they are asked for.
+  """
+
+  batch: Batch
+  device_batch: Batch
+  mined: Mined | None = None
+  futures: Futures | None = None
 
 
 def submit(

@@ -6,16 +6,47 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
 def step_decay(
-  learning_rate: float, *, boundaries: tuple[int, ...], factor: float = 0.1
+  learning_rate: float,
+  *,
+  boundaries: tuple[int, ...],
+  factor: float = 0.1,
+  rise: int = 0,
 ) -> optax.Schedule:
-  """A rate that is multiplied by `factor` at each boundary (section 4.1)."""
-  return optax.piecewise_constant_schedule(
+  """A rate that is multiplied by `factor` at each boundary (section 4.1).
+
+  Args:
+    learning_rate: of the first steps.
+    boundaries: steps from which it is smaller.
+    factor: by which.
+    rise: steps in which the rate grows, linearly, from a `rise`-th to the
+      whole: large batches of large rates need it.
+  """
+  steps = optax.piecewise_constant_schedule(
     learning_rate, dict.fromkeys(boundaries, factor)
   )
+  if not rise:
+    return steps
+  return lambda count: steps(count) * jnp.minimum(1, (count + 1) / rise)
+
+
+def scaled_rate(
+  learning_rate: float, *, batch_size: int, reference_batch_size: int
+) -> float:
+  """The rate of a batch size by the linear rule (Goyal et al., 2017).
+
+  Args:
+    learning_rate: for batches of `reference_batch_size`.
+    batch_size: images in a global batch.
+    reference_batch_size: 0 leaves the rate as it is.
+  """
+  if not reference_batch_size:
+    return learning_rate
+  return learning_rate * batch_size / reference_batch_size
 
 
 def make_optimizer(

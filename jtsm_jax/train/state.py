@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -23,47 +24,93 @@ class TrainState:
     model_state: collections that are not trained: "batch_stats" of norm layers
       and "constants" set by calibration.
     opt_state: of the optimizer of the present phase.
+    ema: moving average of the parameters, or None.
   """
 
   step: jax.Array
   params: Any
   model_state: Any
   opt_state: Any
+  ema: Any = None
 
   @property
   def variables(self) -> dict[str, Any]:
     """What `model.apply` takes."""
     return {"params": self.params, **self.model_state}
 
+  @property
+  def averaged_variables(self) -> dict[str, Any]:
+    """The same with the averaged parameters."""
+    return {"params": self.ema, **self.model_state}
 
-def create_state(
+
+def keep_if_finite(
+  norm: jax.Array,
+  after: TrainState,
+  before: TrainState,
+  *,
+  shardings: TrainState | None = None,
+) -> TrainState:
+  """The state after a step, or the one before it, the last good one.
+
+  Args:
+    norm: of the step's gradients; inf or NaN keeps `before`.
+    after: the state with the step's update.
+    before: the state without.
+    shardings: where the result is to lie; where XLA wants, without.
+  """
+  finite = jnp.isfinite(norm)
+  state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, before)
+  if shardings is not None:
+    state = jax.lax.with_sharding_constraint(state, shardings)
+  return state
+
+
+def initial_variables(
   key: jax.Array,
   model: JTSM,
   batch: Batch,
-  optimizer: optax.GradientTransformation,
   *,
   pretrained: dict[str, Any] | None = None,
-) -> TrainState:
-  """Initialises a run.
+) -> dict[str, Any]:
+  """What `model.apply` takes, before any step.
 
   Args:
     key: random key.
     model: the model.
     batch: any batch with the shapes of the run.
-    optimizer: of the first phase.
     pretrained: variables of the backbone ({"params", "batch_stats"}) that
       replace the random ones.
   """
   variables = jax.jit(model.init)(key, batch)
-  params = variables.pop("params")
   if pretrained is not None:
-    params["extractor"]["backbone"] = pretrained["params"]
-    variables["batch_stats"]["extractor"]["backbone"] = pretrained[
-      "batch_stats"
-    ]
+    for collection in ("params", "batch_stats"):
+      part = variables[collection]["extractor"]
+      part["backbone"] = pretrained[collection]
+  return variables
+
+
+def create_state(
+  variables: Mapping[str, Any],
+  optimizer: optax.GradientTransformation,
+  *,
+  step: int = 0,
+  averages: bool = False,
+) -> TrainState:
+  """The state at the beginning of a phase.
+
+  Args:
+    variables: what `model.apply` takes.
+    optimizer: of the phase.
+    step: updates done before.
+    averages: whether an average of the parameters begins here.
+  """
+  model_state = dict(variables)
+  params = model_state.pop("params")
   return TrainState(
-    step=jnp.zeros((), jnp.int32),
+    step=jnp.asarray(step, jnp.int32),
     params=params,
-    model_state=variables,
+    model_state=model_state,
     opt_state=optimizer.init(params),
+    ema=jax.tree.map(jnp.array, params) if averages else None,
   )

@@ -128,7 +128,7 @@ def test_scores_are_the_mean_of_the_heads_or_the_scaled_mil_scores(
   variables = tiny.make_variables(model, batch)
   found = jax.device_get(make_score_step(model)(variables, batch))
   features = model.apply(variables, batch, method="features")
-  outputs = model.apply(variables, features, batch, train=False, method="mine")
+  outputs = model.apply(variables, features, batch, method="mine")
   if num_refinements:
     heads = np.stack(outputs.refinement_logits).astype(np.float64)
     heads = np.exp(heads) / np.exp(heads).sum(-1, keepdims=True)

@@ -19,6 +19,10 @@ from tests import tiny
 T = tiny.NUM_THINGS
 
 
+def _keys(seed, count):
+  return jax.random.split(jax.random.key(seed), count)
+
+
 def _logit(probability):
   probability = np.asarray(probability, np.float64)
   return np.log(probability / (1 - probability))
@@ -102,10 +106,9 @@ def test_all_labelled_things_are_sampled_when_they_fit():
   mined = tiny.make_mined([[0], [0]], [[1], [1]]).replace(
     label=jnp.array(label), weight=jnp.array(weight)
   )
-  boxes = jnp.zeros((2, 6, 4))
   for seed in range(5):
     index, valid = sample_instances(
-      jax.random.key(seed), mined, boxes, num_things=T, count=4
+      _keys(seed, 2), mined, num_things=T, count=4
     )
     assert index.shape == valid.shape == (2, 4)
     chosen = [set(i[v].tolist()) for i, v in zip(index, valid, strict=True)]
@@ -121,7 +124,7 @@ def test_samples_are_distinct_labelled_and_differ_with_the_key():
   draws = []
   for seed in range(4):
     index, valid = sample_instances(
-      jax.random.key(seed), mined, jnp.zeros((3, 40, 4)), num_things=T, count=5
+      _keys(seed, 3), mined, num_things=T, count=5
     )
     assert bool(valid.all())  # there are more than five of each
     assert all(len(set(row)) == 5 for row in index.tolist())
@@ -134,9 +137,7 @@ def test_fewer_proposals_than_samples():
   mined = tiny.make_mined([[0]], [[1]]).replace(
     label=jnp.array([[0, 5]]), weight=jnp.ones((1, 2))
   )
-  index, valid = sample_instances(
-    jax.random.key(0), mined, jnp.zeros((1, 2, 4)), num_things=T, count=64
-  )
+  index, valid = sample_instances(_keys(0, 1), mined, num_things=T, count=64)
   assert index[valid].tolist() == [0]
 
 

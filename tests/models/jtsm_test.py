@@ -64,7 +64,7 @@ def test_mining_is_pooling_then_neck_then_heads():
   model = tiny.make_model()
   variables = tiny.make_variables(model, BATCH)
   features = model.apply(variables, BATCH, method="features")
-  found = model.apply(variables, features, BATCH, train=False, method="mine")
+  found = model.apply(variables, features, BATCH, method="mine")
   params = variables["params"]
   [x] = model.apply(variables, features, BATCH, method="pool")
   layer = params["neck"]["fc1"]

@@ -14,6 +14,8 @@ from jtsm_jax.models.neck_and_heads import (
   mil_scores,
 )
 
+KEY = jax.random.key(1)
+
 
 def _softmax(x, axis):
   e = np.exp(x - x.max(axis, keepdims=True))
@@ -110,17 +112,17 @@ def test_neck_is_relu_layers_and_nothing_without_widths():
   expected = x
   for layer in params.values():
     expected = np.maximum(expected @ layer["kernel"] + layer["bias"], 0)
-  found = Neck(widths=(6, 5)).apply({"params": params}, x, train=False)
+  found = Neck(widths=(6, 5)).apply({"params": params}, x)
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-  found = Neck(widths=()).apply({}, x, train=False)
+  found = Neck(widths=()).apply({}, x)
   np.testing.assert_array_equal(found, x)
 
 
 def _dropped(neck, x):
   """Which outputs stayed; those that did are doubled to keep the mean."""
-  keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-  trained, variables = neck.init_with_output(keys, x, train=True)
-  plain = neck.apply(variables, x, train=False)
+  variables = neck.init(jax.random.key(0), x)
+  trained = neck.apply(variables, x, jax.random.split(KEY, len(x)))
+  plain = neck.apply(variables, x)
   kept = np.asarray(trained) != 0
   np.testing.assert_allclose(trained[kept], 2 * plain[kept], rtol=1e-6)
   return kept
@@ -140,6 +142,35 @@ def test_input_dropout_may_be_shared_by_the_proposals_of_an_image(share):
   assert float(kept.mean()) == pytest.approx(0.5, abs=0.05)
   assert bool((kept == kept[:, :1]).all()) == share
   assert (kept[0] != kept[1]).any()
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_dropout_belongs_to_the_image_and_the_proposal(share):
+  # However a batch and its proposals are divided, each loses the same values.
+  neck = Neck(
+    widths=(6,), dropout=0.5, input_dropout=0.25, share_input_dropout=share
+  )
+  x = jnp.asarray(np.random.default_rng(8).normal(size=(4, 7, 5)))
+  variables = neck.init(jax.random.key(0), x)
+  keys = jax.random.split(KEY, 4)
+  whole = neck.apply(variables, x, keys)
+  part = neck.apply(variables, x[1:3, 4:], keys[1:3], first=4)
+  np.testing.assert_allclose(part, whole[1:3, 4:], rtol=1e-6)
+  other = neck.apply(variables, x[1:3, 4:], keys[1:3])
+  assert (np.asarray(other) != np.asarray(part)).any()
+
+
+def test_input_and_layers_lose_different_values():
+  x = jnp.ones((50, 4, 8))
+  streams = []
+  for rates in ({"input_dropout": 0.5}, {"dropout": 0.5}):
+    neck = Neck(widths=(8,), **({"dropout": 0.0} | rates))
+    kernel = {"kernel": jnp.eye(8), "bias": jnp.zeros(8)}
+    found = neck.apply(
+      {"params": {"fc1": kernel}}, x, jax.random.split(KEY, len(x))
+    )
+    streams.append(np.asarray(found) != 0)
+  assert (streams[0] == streams[1]).mean() == pytest.approx(0.5, abs=0.05)
 
 
 def test_tag_head_averages_the_cells_of_the_image():

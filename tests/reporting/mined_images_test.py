@@ -9,7 +9,7 @@ from jtsm_jax.data.prepared import open_prepared
 from jtsm_jax.data.shapes import shapes_source
 from jtsm_jax.models.neck_and_heads import MiningHeads
 from jtsm_jax.reporting.mined_images import mine_images
-from jtsm_jax.train.step import MiningSettings
+from jtsm_jax.train.objectives import MiningSettings
 from jtsm_jax.types import Proposals, pack_members
 from tests import tiny
 

@@ -2,7 +2,6 @@
 
 import shutil
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,16 +33,10 @@ def _mined(seed, *, slots=3):
   return tiny.make_mined(rng.integers(0, 5, (2, slots)), rng.random((2, slots)))
 
 
-def _iterator():
-  return iter(grain.MapDataset.range(100).to_iter_dataset())
-
-
 def _save(manager, step, *, in_flight=(), score=None):
-  iterator = _iterator()
-  for _ in range(step):
-    next(iterator)
+  config = {"seed": 3}
   checkpoints.save(
-    manager, _state(step), list(in_flight), iterator, score=score
+    manager, _state(step), list(in_flight), config=config, score=score
   )
   manager.wait_until_finished()
 
@@ -58,7 +51,6 @@ def _template(*in_flight):
   return lambda step: (
     shapes(_state(0)),
     [shapes(m) for m in in_flight],
-    _iterator(),
   )
 
 
@@ -89,12 +81,9 @@ def test_state_segments_and_position_come_back(tmp_path):
     _save(manager, 3)
     _save(manager, 7, in_flight=in_flight)
   with checkpoints.open_checkpoints(tmp_path) as manager:
-    state, mined, iterator = checkpoints.restore_latest(
-      manager, _template(*in_flight)
-    )
+    state, mined = checkpoints.restore_latest(manager, _template(*in_flight))
   _assert_equal(state, _state(7))
   _assert_equal(mined, in_flight)
-  assert next(iterator) == 7
 
 
 def test_variables_for_evaluation(tmp_path):
@@ -118,9 +107,8 @@ def test_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, caplog):
   assert step == 2
   _assert_equal(variables, _state(2).variables)
   with checkpoints.open_checkpoints(tmp_path) as manager:
-    state, _, iterator = checkpoints.restore_latest(manager, _template())
+    state, _ = checkpoints.restore_latest(manager, _template())
     _assert_equal(state, _state(2))
-    assert next(iterator) == 2
     # The run comes to the same step again and can save it.
     _save(manager, 4)
   message = f"checkpoint 4 in {tmp_path} is damaged"
@@ -150,18 +138,22 @@ def test_no_checkpoints_is_an_input_error(tmp_path):
   assert not (tmp_path / "none").exists()
 
 
-def test_the_last_two_and_the_best_are_kept(tmp_path):
+def test_the_last_two_are_kept(tmp_path):
   with checkpoints.open_checkpoints(tmp_path) as manager:
-    for step, pq in ((1, 0.1), (2, 0.5), (3, None), (4, 0.3), (5, None)):
-      _save(manager, step, score=pq)
-    assert sorted(manager.all_steps()) == [2, 4, 5]
-  # Also after a restart: the figure of the best one is on disk.
-  with checkpoints.open_checkpoints(tmp_path) as manager:
-    _save(manager, 6, score=0.4)
-    _save(manager, 7, score=0.6)
-    _save(manager, 8)
-    _save(manager, 9)
-    assert sorted(manager.all_steps()) == [7, 8, 9]
+    for step in range(1, 6):
+      _save(manager, step)
+    assert sorted(manager.all_steps()) == [4, 5]
+
+
+def test_the_best_score_is_on_disk(tmp_path):
+  with checkpoints.open_checkpoints(tmp_path, keep_last=1) as manager:
+    assert checkpoints.best_score(manager) == -np.inf
+    _save(manager, 2, score=0.25)
+  with checkpoints.open_checkpoints(tmp_path, keep_last=1) as manager:
+    assert checkpoints.best_score(manager) == 0.25
+    _save(manager, 4, score=0.5)
+    assert manager.all_steps() == [4]
+    assert checkpoints.best_score(manager) == 0.5
 
 
 def test_unfinished_write_is_not_a_checkpoint(tmp_path):
@@ -171,5 +163,61 @@ def test_unfinished_write_is_not_a_checkpoint(tmp_path):
   # What a killed process leaves: a folder without its last rename.
   shutil.move(tmp_path / "4", tmp_path / "4.orbax-checkpoint-tmp")
   with checkpoints.open_checkpoints(tmp_path) as manager:
-    state, _, _ = checkpoints.restore_latest(manager, _template())
+    state, _ = checkpoints.restore_latest(manager, _template())
   assert int(state.step) == 2
+
+
+def test_every_misfit_is_named(tmp_path):
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    _save(manager, 2)
+  other = _state(0)
+  other.params["neck"]["kernel"] = jnp.zeros((3, 5))
+  other.params["neck"]["bias"] = jnp.zeros(5)
+  del other.model_state["constants"]["mean"]
+  shapes = jax.eval_shape(lambda: other)
+  with (
+    checkpoints.open_checkpoints(tmp_path) as manager,
+    pytest.raises(InputError) as error,
+  ):
+    checkpoints.restore_latest(manager, lambda step: (shapes, []))
+  message = str(error.value)
+  assert "params/neck/kernel is (3, 2), wanted (3, 5)" in message
+  assert "params/neck/bias (5,) is missing" in message
+  assert "model_state/constants/mean (3,) has no place" in message
+  assert "--workdir" in message
+  assert (tmp_path / "2").is_dir()  # it is not damaged
+
+
+def test_weights_of_another_run(tmp_path):
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    _save(manager, 2)
+    _save(manager, 4)
+  mine = jax.tree.map(np.zeros_like, _state(0).variables)
+  for path in (tmp_path, tmp_path.parent, tmp_path / "4"):
+    found = checkpoints.weights_from(path, mine, skip=())
+    _assert_equal(found, _state(4).variables)
+  found = checkpoints.weights_from(
+    tmp_path / "2", mine, skip=("params/neck/", "params/other")
+  )
+  _assert_equal(found["params"], mine["params"])
+  _assert_equal(found["constants"], _state(2).variables["constants"])
+
+
+def test_weights_that_do_not_fit(tmp_path):
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    _save(manager, 2)
+  mine = {
+    "params": {"neck": {"kernel": np.zeros((3, 7)), "bias": np.zeros(7)}},
+    "constants": {"mean": np.zeros(3, np.float32)},
+  }
+  with pytest.raises(InputError) as error:
+    checkpoints.weights_from(tmp_path, mine, skip=())
+  message = str(error.value)
+  assert "params/neck/kernel is (3, 2), wanted (3, 7)" in message
+  assert "params/neck/bias (7,) is missing" in message
+  assert "constants" not in message
+  assert "init_skip" in message
+  found = checkpoints.weights_from(tmp_path, mine, skip=("params/neck/",))
+  _assert_equal(found["params"], mine["params"])
+  with pytest.raises(InputError, match="there is no checkpoint"):
+    checkpoints.weights_from(tmp_path / "nowhere", mine, skip=())

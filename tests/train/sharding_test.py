@@ -14,7 +14,7 @@ from tests import tiny
 # Four devices exist only in a process that is started for it.
 SCRIPT = """
 import jax, jax.numpy as jnp, numpy as np
-from jtsm_jax.train import step
+from jtsm_jax.train import objectives, step
 from jtsm_jax.train.sharding import make_mesh, put_batch, replicated
 from jtsm_jax.train.state import TrainState
 from tests import tiny
@@ -30,8 +30,8 @@ state = TrainState(jnp.int32(0), params, variables, None)
 mining_gradients = step.make_mining_gradients(
   jax.random.key(0),
   model,
-  mining=step.MiningSettings(num_things=tiny.NUM_THINGS, num_slots=5),
-  losses=step.LossSettings(),
+  mining=objectives.MiningSettings(num_things=tiny.NUM_THINGS, num_slots=5),
+  losses=objectives.LossSettings(),
 )
 results = []
 for devices in (1, 4):

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from jtsm_jax.train.state import create_state
+from jtsm_jax.train.state import create_state, initial_variables
 from tests import tiny
 
 BATCH = tiny.make_batch(1)
@@ -23,9 +23,10 @@ def state():
     for name in ("params", "batch_stats")
   }
   optimizer = optax.sgd(0.1, momentum=0.9)
-  return create_state(
-    jax.random.key(3), MODEL, BATCH, optimizer, pretrained=pretrained
+  variables = initial_variables(
+    jax.random.key(3), MODEL, BATCH, pretrained=pretrained
   )
+  return create_state(variables, optimizer)
 
 
 def test_state_holds_every_variable_and_starts_at_zero(state):

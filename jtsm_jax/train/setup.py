@@ -1,0 +1,269 @@
+"""What stays the same from the first step of a run to its last.
+
+And what follows from it: the batches from any step on, the state that a phase
+begins with, and the form of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jtsm_jax.data.pipeline import make_pipeline
+from jtsm_jax.data.prepared import PreparedData, RecordSource
+from jtsm_jax.models.jtsm import JTSM
+from jtsm_jax.proposals.store import ProposalStore
+from jtsm_jax.train import build, checkpoints
+from jtsm_jax.train.calibrate import calibrate
+from jtsm_jax.train.objectives import LossSettings, MiningSettings
+from jtsm_jax.train.sharding import (
+  make_mesh,
+  place,
+  put_batch,
+  state_shardings,
+)
+from jtsm_jax.train.state import TrainState, create_state, initial_variables
+from jtsm_jax.types import Batch, Mined
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """A run. Steps count through both of its phases: warm-up, then mining.
+
+  Attributes:
+    config: see configs/base.py.
+    workdir: checkpoints, metrics and caches are kept here.
+    source: the training split.
+    store: proposals of its images.
+    num_things: T.
+    key: random key of the run.
+    mesh: of the devices.
+    model: the model.
+    mining: how segments are mined.
+    losses: how losses are reduced.
+    example: a batch of one example, for shapes.
+    abstract: shapes of the variables.
+    warm_up_optimizer: of the first phase; None without.
+    optimizer: of the second phase.
+    warm_up_steps: of the first phase.
+    branch_start: the step from which on the branches learn.
+    last_step: where the run ends.
+  """
+
+  config: ml_collections.ConfigDict
+  workdir: pathlib.Path
+  source: RecordSource
+  store: ProposalStore
+  num_things: int
+  key: jax.Array
+  mesh: Mesh
+  model: JTSM
+  mining: MiningSettings
+  losses: LossSettings
+  example: Batch
+  abstract: Any
+  warm_up_optimizer: optax.GradientTransformation | None
+  optimizer: optax.GradientTransformation
+  warm_up_steps: int
+  branch_start: int
+  last_step: int
+
+  def learns_branches(self, step: int) -> bool:
+    """Whether the instance or the semantic branch learns in `step`."""
+    branches = (self.model.instance, self.model.semantic)
+    return step >= self.branch_start and any(b is not None for b in branches)
+
+
+def set_up(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  *,
+  data: PreparedData,
+  store: ProposalStore,
+) -> Setup:
+  """Reads the configuration.
+
+  Raises:
+    InputError: a field is at fault.
+  """
+  source, num_things = data.splits["train"], data.categories.num_things
+  c, warm_up_steps = config.train, config.warm_up.steps
+  key = jax.random.key(config.seed)
+  model = build.build_model(config, data.categories)
+  mesh = make_mesh(
+    c.batch_size // c.accumulation,
+    *([config.warm_up.batch_size] if warm_up_steps else []),
+    model=c.model_parallel,
+  )
+  batch = next(_batches(config, source, store, warm_up_steps, whole=True))
+  example = jax.tree.map(lambda x: x[:1], batch)
+  abstract = jax.eval_shape(model.init, key, example)
+  return Setup(
+    config=config,
+    workdir=workdir,
+    source=source,
+    store=store,
+    num_things=num_things,
+    key=key,
+    mesh=mesh,
+    model=model,
+    mining=build.mining_settings(
+      config, num_things=num_things, tags=source.tags
+    ),
+    losses=build.loss_settings(config),
+    example=example,
+    abstract=abstract,
+    warm_up_optimizer=build.warm_up_optimizer(config, abstract["params"]),
+    optimizer=build.main_optimizer(config, abstract["params"]),
+    warm_up_steps=warm_up_steps,
+    branch_start=warm_up_steps + config.reestimation.start,
+    last_step=warm_up_steps + c.steps,
+  )
+
+
+def batches_from(
+  setup: Setup, step: int, *, load_images: bool = True
+) -> Iterator[Batch]:
+  """This process's part of each batch, to the end of the phase of `step`.
+
+  The batches are a pure function of the seed and the step.
+  """
+  return _batches(
+    setup.config, setup.source, setup.store, step, load_images=load_images
+  )
+
+
+def _batches(
+  config: ml_collections.ConfigDict,
+  source: RecordSource,
+  store: ProposalStore,
+  step: int,
+  *,
+  load_images: bool = True,
+  whole: bool = False,
+) -> Iterator[Batch]:
+  warms_up = step < config.warm_up.steps
+  phase = config.warm_up if warms_up else config.train
+  pipeline = make_pipeline(
+    source,
+    store,
+    seed=config.seed,
+    canvases=build.canvases(config, "data"),
+    batch_size=phase.batch_size,
+    max_proposals=config.proposals.max_proposals,
+    max_superpixels=config.proposals.num_superpixels,
+    start_step=step if warms_up else step - config.warm_up.steps,
+    num_steps=phase.steps,
+    load_images=load_images,
+    flip=config.data.flip,
+    crop=config.data.crop,
+    colour_factor=config.data.colour_factor,
+    process_index=0 if whole else jax.process_index(),
+    process_count=1 if whole else jax.process_count(),
+    num_threads=config.train.loader_threads,
+    num_workers=config.train.loader_workers,
+  )
+  return (batch for _, batch in pipeline)
+
+
+def first_variables(setup: Setup) -> dict[str, Any]:
+  """What `model.apply` takes: random, pretrained, or from another run."""
+  config = setup.config
+  variables = initial_variables(
+    setup.key,
+    setup.model,
+    setup.example,
+    pretrained=build.load_pretrained(config, setup.workdir / "weights"),
+  )
+  if config.train.init_from:
+    variables = checkpoints.weights_from(
+      pathlib.Path(config.train.init_from),
+      variables,
+      skip=tuple(config.train.init_skip),
+    )
+  return variables
+
+
+def begin(setup: Setup, variables: Any, step: int) -> TrainState:
+  """Enters the phase of `step`: calibrates, and places the state.
+
+  Args:
+    setup: the run.
+    variables: what `model.apply` takes, whole, on this host.
+    step: 0, or the first one of the mining.
+  """
+  c = setup.config.train
+  if step == setup.warm_up_steps and not build.keeps_constants(setup.config):
+    batches = _batches(
+      setup.config, setup.source, setup.store, step, whole=True
+    )
+    count = min(-(-c.calibration_images // c.batch_size), c.steps)
+    batches = [next(batches) for _ in range(count)]
+    seed = setup.config.seed
+    variables = jax.device_put(variables)  # once, not with every batch
+    variables = calibrate(setup.model, variables, batches, seed=seed)
+  state = jax.device_get(_new_state(setup, variables, step))
+  return place(state, shardings(setup, step))
+
+
+def _new_state(setup: Setup, variables: Any, step: int) -> TrainState:
+  if step < setup.warm_up_steps:
+    return create_state(variables, setup.warm_up_optimizer, step=step)
+  return create_state(
+    variables,
+    setup.optimizer,
+    step=step,
+    averages=bool(setup.config.train.ema_decay),
+  )
+
+
+def shapes(setup: Setup, step: int) -> TrainState:
+  """The shapes of the state before `step`."""
+  return jax.eval_shape(lambda v: _new_state(setup, v, step), setup.abstract)
+
+
+def shardings(setup: Setup, step: int) -> TrainState:
+  """Where the state before `step` lies."""
+  return state_shardings(
+    shapes(setup, step),
+    setup.mesh,
+    divide_optimizer=setup.config.train.divide_optimizer,
+  )
+
+
+def checkpoint_template(
+  setup: Setup, step: int
+) -> tuple[TrainState, list[Mined]]:
+  """What the checkpoint before `step` holds: state, segments in flight."""
+  state = jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
+    shapes(setup, step),
+    shardings(setup, step),
+  )
+  flying = 0
+  if setup.learns_branches(step):
+    lag = setup.config.reestimation.lag
+    flying = min(step - setup.branch_start, lag)
+  rows = setup.config.train.batch_size // jax.process_count()
+  slots = (rows, setup.mining.num_slots)
+  proposals = (rows, setup.example.valid.shape[1])
+  mined = Mined(
+    proposal=np.zeros(slots, np.int32),
+    category=np.zeros(slots, np.int32),
+    score=np.zeros(slots, np.float32),
+    valid=np.zeros(slots, bool),
+    label=np.zeros(proposals, np.int32),
+    weight=np.zeros(proposals, np.float32),
+    slot=np.zeros(proposals, np.int32),
+  )
+  return state, [put_batch(mined, setup.mesh)] * flying
