@@ -327,7 +327,8 @@ def _overwritable(equation: _Equation) -> list[_Value]:
   params, inputs = equation.params, equation.inputs
   match equation.name:
     case "scan":
-      return inputs[params["num_consts"] :][: params["num_carry"]]
+      constants, carried = _scan_parts(equation)
+      return inputs[constants : constants + carried]
     case "while":
       return inputs[params["cond_nconsts"] + params["body_nconsts"] :]
     case "dynamic_update_slice" | "scatter" | "scatter-add":
@@ -340,8 +341,9 @@ def _inside(equation: _Equation, platform: str) -> int:
   params = equation.params
   match equation.name:
     case "scan":
-      turn = _peak(params["jaxpr"], platform, free=params["num_consts"])
-      return turn + _bytes(equation.outputs[params["num_carry"] :])
+      constants, carried = _scan_parts(equation)
+      turn = _peak(params["jaxpr"], platform, free=constants)
+      return turn + _bytes(equation.outputs[carried:])
     case "while":
       return max(
         _peak(params[f"{x}_jaxpr"], platform, free=params[f"{x}_nconsts"])
@@ -352,6 +354,21 @@ def _inside(equation: _Equation, platform: str) -> int:
     case "shard_map":
       return _shards(params) * _peak(params["jaxpr"], platform)
   return 0
+
+
+def _scan_parts(equation: _Equation) -> tuple[int, int]:
+  """How many constants come first, and how many carried values follow them.
+
+  By their ranks: the names of the parameters change between versions of JAX.
+  """
+  body = equation.params["jaxpr"]
+
+  def same(values, avals):
+    ranks = zip(values, avals, strict=True)
+    return sum(len(v.aval.shape) == len(a.shape) for v, a in ranks)
+
+  carried = same(equation.outputs, body.out_avals)
+  return same(equation.inputs, body.in_avals) - carried, carried
 
 
 def _branches(params: dict[str, Any], platform: str) -> list[Any]:
