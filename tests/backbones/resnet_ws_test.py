@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jtsm_jax.backbones import resnet_ws
+from jtsm_jax.backbones import conv_norm, resnet_ws
 
 
 def _variables(model, *, seed=0):
@@ -235,7 +235,7 @@ def test_group_norm_needs_no_statistics():
 
 
 def test_kernels_start_as_he_fan_out():
-  layer = resnet_ws._ConvNorm(128, 3, "frozen", jnp.float32)
+  layer = conv_norm.ConvNorm(128, 3, "frozen", jnp.float32)
   variables = layer.init(
     jax.random.key(0), jnp.zeros((1, 4, 4, 64)), train=False
   )
@@ -246,7 +246,7 @@ def test_kernels_start_as_he_fan_out():
 
 def test_channels_are_multiples_of_eight():
   found = [
-    resnet_ws.scaled_channels(64, width=w) for w in (1.0, 0.5, 0.4, 0.05)
+    conv_norm.scaled_channels(64, width=w) for w in (1.0, 0.5, 0.4, 0.05)
   ]
   assert found == [64, 32, 24, 8]
 
