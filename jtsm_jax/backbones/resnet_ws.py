@@ -20,8 +20,8 @@ from jtsm_jax.types import Array
 
 PIXEL_MEAN = (122.7717, 115.9465, 102.9801)
 """Mean of the training pixels in 0 .. 255, R, G, B. The standard deviation of
-the authors' models is 1. Their weights take B, G, R: flip the first kernel's
-input axis when they are loaded."""
+the authors' models is 1. Their weights take B, G, R: the first kernel's input
+axis is flipped when they are loaded."""
 
 STAGE_CHANNELS = (64, 128, 256, 512)
 BOTTLENECK_EXPANSION = 4
