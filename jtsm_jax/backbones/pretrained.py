@@ -146,7 +146,10 @@ def _convert_resnet(
       f"{source} has entries twice, under two names each: {', '.join(doubles)};"
       " take the file as it is published"
     )
-  _check_depth(originals, layout, depth, source=source)
+  kernels = {
+    plain for plain, name in originals.items() if arrays[name].ndim > 2
+  }
+  _check_depth(kernels, layout, depth, source=source)
 
   def original(ours: str) -> str:
     theirs = layout.name(ours)
@@ -203,22 +206,20 @@ def _find_layout(
 
 
 def _check_depth(
-  names: Mapping[str, str], layout: Layout, depth: int, *, source: Path
+  found: set[str], layout: Layout, depth: int, *, source: Path
 ) -> None:
   """Says in one line what would be hundreds of mismatches."""
-  for other in sorted(resnet.BLOCKS, reverse=True):  # 50's names hold 18's
+  for other in set(resnet.BLOCKS) - {depth}:
     kernels = {
       layout.name(ours)
       for ours in _resnet_shapes(layout.network, other)
       if ours.endswith("/kernel")
     }
-    if kernels <= names.keys():
-      if other != depth:
-        raise InputError(
-          f"{source} has the weights of {other} layers, not of {depth}; set "
-          f"config.backbone.depth={other}, or give another file"
-        )
-      return
+    if found == kernels:
+      raise InputError(
+        f"{source} has the weights of {other} layers, not of {depth}; set "
+        f"config.backbone.depth={other}, or give another file"
+      )
 
 
 def _without_unused(

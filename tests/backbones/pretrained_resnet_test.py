@@ -284,6 +284,16 @@ def test_a_file_of_another_depth_is_named(give, name, given, asked):
     pretrained.load_resnet_ws(name, depth=asked)
 
 
+def test_a_file_of_50_layers_without_one_is_not_one_of_18(give):
+  entries = authors_cases.converted_caffe2_entries(50)
+  del entries["res4_5_branch2c_w"]
+  give(entries)
+  with pytest.raises(InputError) as error:
+    pretrained.load_resnet_ws("d2.pkl", depth=50)
+  lines = str(error.value).split("\n  ")[1:]
+  assert lines == ["res4_5_branch2c_w is missing"]
+
+
 def test_a_file_of_another_network_is_named(give):
   shapes = torchvision_cases.entry_shapes(18)
   give({k: np.zeros(s, np.float32) for k, s in shapes.items()})
