@@ -9,6 +9,7 @@ import pathlib
 import re
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 import optax
@@ -529,8 +530,11 @@ def open_feature_cache(
   """The cache of a split; None where `caches_features` says no."""
   if not caches_features(config, model, variables, source, split=split):
     return None
+  root = pathlib.Path(config.backbone.cache_dir or workdir / "features")
+  if jax.process_count() > 1:  # two cannot write one file
+    root /= f"process_{jax.process_index()}"
   return FeatureCache(
-    pathlib.Path(config.backbone.cache_dir or workdir / "features"),
+    root,
     model=model,
     variables=variables,
     source=source,
