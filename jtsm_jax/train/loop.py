@@ -79,11 +79,13 @@ def train(
   lag = config.reestimation.lag
   settings = config.to_dict()
   writes = jax.process_index() == 0
-  manager = checkpoints.open_checkpoints(workdir / "checkpoints")
-  best = checkpoints.open_checkpoints(workdir / "best", keep_last=1)
-  reestimator = build.open_reestimator(config, workdir, source, store)
-  writer = MetricWriter(workdir, active=writes)
-  with manager, best, reestimator, writer, contextlib.ExitStack() as stack:
+  with (
+    checkpoints.open_checkpoints(workdir / "checkpoints") as manager,
+    checkpoints.open_checkpoints(workdir / "best", keep_last=1) as best,
+    build.open_reestimator(config, workdir, source, store) as reestimator,
+    MetricWriter(workdir, active=writes) as writer,
+    contextlib.ExitStack() as stack,
+  ):
     # State: a new one, or the newest checkpoint of the workdir.
     restored = checkpoints.restore_latest(
       manager, functools.partial(setup.checkpoint_template, run)
@@ -192,13 +194,14 @@ def train(
       score = float(broadcast_one_to_all(np.float32(score)))
       if score > checkpoints.best_score(best):
         save(best, score=score)
-        best.wait_until_finished()
+        checkpoints.check_saved(best, wait=True)
       if writes:
         writer.write(step, values)
         writer.write_images(step, pictures)
 
     # Input, and what the run before has mined without learning from it.
-    cache = open_cache() if first_step >= run.warm_up_steps else None
+    mines = first_step > run.warm_up_steps or not run.warm_up_steps
+    cache = open_cache() if mines else None
     in_flight = collections.deque()
     for age, mined in zip(range(len(waiting), 0, -1), waiting, strict=True):
       batches = setup.batches_from(
@@ -232,6 +235,11 @@ def train(
     stopping.defer()
     check = None
     for step in range(first_step, run.last_step):
+      if step == run.warm_up_steps > 0:
+        with stopping.at_once(), meter.paused():
+          state = setup.begin(run, to_host(state.variables), step)
+          cache = open_cache()
+          batches = setup.batches_from(run, step, load_images=cache is None)
       if is_evaluated(step) and step != evaluated:
         with stopping.at_once(), meter.paused():
           evaluate_state(step)
@@ -245,10 +253,6 @@ def train(
       learnt = {"batch": batch}
       if step < run.warm_up_steps:
         state, metrics = call(tag_step, state, put_batch(batch, mesh))
-        if step + 1 == run.warm_up_steps:
-          state = setup.begin(run, to_host(state.variables), step + 1)
-          cache = open_cache()
-          batches = setup.batches_from(run, step + 1, load_images=cache is None)
       else:
         item = InFlight(*on_devices(batch))
         grads, item.mined, metrics = call(
@@ -320,11 +324,11 @@ def train(
       if (
         done % config.train.checkpoint_every == 0
         or is_evaluated(done)
-        or done == run.last_step
+        or done in (run.warm_up_steps, run.last_step)
         or signal
       ):
         check()
         save(manager)
+      checkpoints.check_saved(manager, wait=bool(signal))
       if signal:
-        manager.wait_until_finished()
         raise Stopped(signal)
