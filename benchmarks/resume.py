@@ -266,8 +266,9 @@ class Reader:
   def __init__(self, config: str, steps: int, workdir: pathlib.Path):
     flag = config_flags.DEFINE_config_file("config")
     more = IMAGES + steps  # the order of the images does not depend on the end
-    flags = [*SETTINGS, f"--config.train.steps={more}", f"--config={config}"]
-    absl.flags.FLAGS(["resume", *flags])
+    flags = [f"--config={config}", *SETTINGS, f"--config.train.steps={more}"]
+    sys.argv = ["resume", *flags]  # where config_flags looks
+    absl.flags.FLAGS(sys.argv)
     data = open_prepared(prepared_directory(flag.value, workdir))
     store = open_proposals(flag.value, workdir, data)
     self._run = setup.set_up(flag.value, workdir, data=data, store=store)
