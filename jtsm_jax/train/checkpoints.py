@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import pathlib
 import re
 import shutil
@@ -329,10 +330,10 @@ def _disk_faults(directory: Any) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    reason = re.search(r"\w[^:]*(?= \[os_error_code)", str(error))
-    if not isinstance(error, OSError) and not reason:
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if not isinstance(error, OSError) and not code:
       raise
-    reason = reason[0] if reason else error.strerror
+    reason = os.strerror(int(code[1])) if code else error.strerror
     whole = sorted(_steps_in(pathlib.Path(directory)))
     raise InputError(
       f"{directory}: a checkpoint cannot be written ({reason}). Those of the "

@@ -231,6 +231,14 @@ def train(
     is_known = np.bool_(writer.has("val/", step=first_step))
     evaluated = first_step if broadcast_one_to_all(is_known) else None
 
+    # The trace, which is written whenever the run ends within its steps.
+    trace = stack.enter_context(contextlib.ExitStack())
+    first_traced, last_traced = profile or (0, 0)
+    first_traced = max(first_traced, first_step)
+    last_traced = min(last_traced, run.last_step)
+    if profile and first_traced >= last_traced:
+      say(f"profile    none: the steps are {first_step} to {run.last_step}")
+
     # The steps.
     stopping.defer()
     check = None
@@ -245,8 +253,8 @@ def train(
           evaluate_state(step)
       if step == run.branch_start > 0 and run.learns_branches(step):
         say(f"train: from step {step} on the branches learn; steps take longer")
-      if profile and step == max(profile[0], first_step):
-        jax.profiler.start_trace(workdir / "profile")
+      if step == first_traced < last_traced:
+        trace.enter_context(jax.profiler.trace(workdir / "profile"))
 
       with meter.waiting("input"):
         batch = next(batches)
@@ -297,10 +305,14 @@ def train(
       meter.count(images=len(batch.image_index) * jax.process_count())
       meter.add(metrics)
       bar.update()
-      if profile and done == min(profile[1], run.last_step):
+      if first_traced < last_traced == done:
         jax.block_until_ready(state)
-        jax.profiler.stop_trace()
-        say(f"profile    {workdir / 'profile'}")
+        trace.close()
+        say(
+          f"profile    {workdir}/profile/plugins/profile/*/*.trace.json.gz: "
+          "open it at https://ui.perfetto.dev, or the folder with tensorboard "
+          "and its plugin xprof"
+        )
       if done % config.train.log_every == 0 or done == run.last_step:
         check()
         values = meter.read(peak_flops=peak)
