@@ -51,8 +51,13 @@ FREE_FIELDS = (
   "train.log_every",
   "train.images_every",
   "train.checkpoint_every",
+  "train.keep_checkpoints",
   "train.evaluate_every",
+  "train.accumulation",
+  "train.model_parallel",
+  "train.divide_optimizer",
   "train.loader_threads",
+  "train.loader_workers",
   "evaluation",
   "report",
 )

@@ -79,7 +79,9 @@ def train(
   lag = config.reestimation.lag
   settings = config.to_dict()
   writes = jax.process_index() == 0
-  manager = checkpoints.open_checkpoints(workdir / "checkpoints")
+  manager = checkpoints.open_checkpoints(
+    workdir / "checkpoints", keep_last=config.train.keep_checkpoints
+  )
   best = checkpoints.open_checkpoints(workdir / "best", keep_last=1)
   reestimator = build.open_reestimator(config, workdir, source, store)
   writer = MetricWriter(workdir, active=writes)
