@@ -80,7 +80,9 @@ def train(
   settings = config.to_dict()
   writes = jax.process_index() == 0
   with (
-    checkpoints.open_checkpoints(workdir / "checkpoints") as manager,
+    checkpoints.open_checkpoints(
+      workdir / "checkpoints", keep_last=config.train.keep_checkpoints
+    ) as manager,
     checkpoints.open_checkpoints(workdir / "best", keep_last=1) as best,
     build.open_reestimator(config, workdir, source, store) as reestimator,
     MetricWriter(workdir, active=writes) as writer,
