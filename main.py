@@ -9,6 +9,7 @@ Without --mode, everything that is missing is done: prepare, propose, train,
 evaluate. A run that was stopped goes on where it was.
 """
 
+import multiprocessing
 import os
 import pathlib
 import re
@@ -158,10 +159,9 @@ def main(argv: list[str]) -> None:
       "\nstopped; the same command goes on from what is on disk",
       file=sys.stderr,
     )
-    sys.stderr.flush()
-    # At once: threads that still save would only complain. What is on disk is
-    # whole at any time.
-    os._exit(0 if terminated else 130)
+    # Threads that still save would only complain. What is on disk is whole at
+    # any time.
+    _exit_at_once(0 if terminated else 130)
   except InputError as error:
     _fail(str(error))
   except FloatingPointError as error:
@@ -169,7 +169,21 @@ def main(argv: list[str]) -> None:
     sys.exit(1)
   except Stopped as stopped:
     print("\nstopped and saved; the same command goes on from here")
-    sys.exit(130 if stopped.signal == signal.SIGINT else 0)
+    code = 130 if stopped.signal == signal.SIGINT else 0
+    if _DISTRIBUTED.value:
+      sys.exit(code)  # the others are told
+    # A thread that was just being started when the signal came is known to
+    # nobody who could end it: the interpreter would wait for it for ever.
+    _exit_at_once(code)
+
+
+def _exit_at_once(code: int) -> NoReturn:
+  """Ends the process and its workers, and waits for no thread."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  for worker in multiprocessing.active_children():
+    worker.terminate()
+  os._exit(code)
 
 
 def _stops_well() -> bool:

@@ -134,7 +134,9 @@ def main() -> None:
       if not kinds:
         ended = process.wait() == 0
         continue
-      moment = randomly.uniform(0, duration)
+      # Over what is left; about a third of a run is its start.
+      done = newest_step(workdir) / newest_step(first)
+      moment = randomly.uniform(0, duration * (1 - 2 / 3 * done))
       found = interrupt(process, workdir, kinds[0], moment, randomly)
       if found is None:  # it was faster
         ended = process.returncode == 0
@@ -192,7 +194,11 @@ def interrupt(
   moment = time.monotonic() - began
   process.send_signal(signal.SIGTERM if kind == "term" else signal.SIGKILL)
   sent = time.monotonic()
-  code = process.wait()
+  try:
+    code = process.wait(4 * LIMIT)
+  except subprocess.TimeoutExpired:
+    process.kill()
+    code = process.wait()  # that of SIGKILL, which is none that a SIGTERM has
   if kind != "term" and code != -signal.SIGKILL:
     return None
   saves = any(workdir.glob(pattern))
