@@ -154,6 +154,8 @@ def main(argv: list[str]) -> None:
       beam=_BEAM.value or "",
       profile=_profiled_steps(),
     )
+    if _stops_well():  # all is done, also if one comes while Python ends
+      signal.signal(signal.SIGTERM, signal.SIG_IGN)
   except KeyboardInterrupt:
     print(
       "\nstopped; the same command goes on from what is on disk",

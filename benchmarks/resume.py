@@ -54,6 +54,7 @@ SETTINGS = (
   "--config.train.evaluate_every=7",
 )
 LIMIT = 30.0  # seconds in which a SIGTERM ends a run
+START = 5.0  # seconds in which main.py has begun
 
 
 def main() -> None:
@@ -137,6 +138,8 @@ def main() -> None:
       # Over what is left; about a third of a run is its start.
       done = newest_step(workdir) / newest_step(first)
       moment = randomly.uniform(0, duration * (1 - 2 / 3 * done))
+      if kinds[0] == "term":
+        moment = max(moment, START)  # before, it is Python that is ended
       found = interrupt(process, workdir, kinds[0], moment, randomly)
       if found is None:  # it was faster
         ended = process.returncode == 0
