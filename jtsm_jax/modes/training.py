@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
 from typing import Any
@@ -26,6 +27,7 @@ from jtsm_jax.proposals import store as stores
 from jtsm_jax.reporting import stages
 from jtsm_jax.reporting.visualize import write_image
 from jtsm_jax.train import build
+from jtsm_jax.train.claim import alone_in
 from jtsm_jax.train.loop import train
 from jtsm_jax.train.stopping import Stopping
 
@@ -45,6 +47,7 @@ def run_training(
   """Trains to the last step, evaluating on the way where there are targets.
 
   Raises:
+    InputError: another process trains in `workdir`.
     Stopped: a signal has come; the state is saved.
   """
   model = build.build_model(config, data.categories)
@@ -75,7 +78,9 @@ def run_training(
     _draw_mined, workdir / "mining", data, with_fallback(store)
   )
   has_truth = has_truth_for_task(config, data)
-  with Stopping() as stopping:
+  is_first = jax.process_index() == 0  # the others share its claim
+  claim = alone_in(workdir) if is_first else contextlib.nullcontext()
+  with claim, Stopping() as stopping:
     train(
       config,
       workdir,
@@ -83,7 +88,7 @@ def run_training(
       store=store,
       stopping=stopping,
       evaluate=evaluate_variables if has_truth else None,
-      show_mined=show_mined if jax.process_index() == 0 else None,
+      show_mined=show_mined if is_first else None,
       profile=profile,
     )
 
