@@ -165,22 +165,25 @@ def main(argv: list[str]) -> None:
     # any time.
     _exit_at_once(0 if terminated else 130)
   except InputError as error:
-    _fail(str(error))
+    _tell(str(error))
+    _exit_at_once(2)
   except FloatingPointError as error:
-    print(f"\nerror: {error}", file=sys.stderr)
-    sys.exit(1)
+    _tell(str(error))
+    _exit_at_once(1)
   except Stopped as stopped:
     print("\nstopped and saved; the same command goes on from here")
-    code = 130 if stopped.signal == signal.SIGINT else 0
-    if _DISTRIBUTED.value:
-      sys.exit(code)  # the others are told
-    # A thread that was just being started when the signal came is known to
-    # nobody who could end it: the interpreter would wait for it for ever.
-    _exit_at_once(code)
+    _exit_at_once(130 if stopped.signal == signal.SIGINT else 0)
 
 
 def _exit_at_once(code: int) -> NoReturn:
-  """Ends the process and its workers, and waits for no thread."""
+  """Ends the process and its workers, and waits for no thread.
+
+  A thread that was just being started when a signal came is known to nobody who
+  could end it, and one of a failed save waits for the others: the interpreter
+  would wait for them.
+  """
+  if _DISTRIBUTED.value:
+    sys.exit(code)  # tells the other processes
   sys.stdout.flush()
   sys.stderr.flush()
   for worker in multiprocessing.active_children():
@@ -239,9 +242,13 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def _fail(message: str) -> NoReturn:
   """A fault of the input: one message and exit code 2."""
+  _tell(message)
+  sys.exit(2)
+
+
+def _tell(message: str) -> None:
   logging.flush()
   print(f"\nerror: {message}", file=sys.stderr)
-  sys.exit(2)
 
 
 if __name__ == "__main__":

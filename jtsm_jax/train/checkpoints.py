@@ -26,6 +26,9 @@ from orbax.checkpoint import checkpoint_managers as policies
 from jtsm_jax.train.state import TrainState
 from jtsm_jax.types import InputError
 
+TIMEOUT = 30 * 24 * 3600
+"""Seconds for a save by the wall clock, which may be set while it is made."""
+
 
 @contextlib.contextmanager
 def open_checkpoints(
@@ -46,6 +49,7 @@ def open_checkpoints(
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.LatestN(keep_last),
         cleanup_tmp_directories=True,
+        async_options=ocp.options.AsyncOptions(timeout_secs=TIMEOUT),
       ),
     )
   try:
