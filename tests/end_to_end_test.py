@@ -704,8 +704,9 @@ def test_damaged_proposals_are_named(finished, prepared, fault, tmp_path):
   shutil.copytree(finished[0] / "proposals", store)
   for file in store.rglob("*.array_record"):
     content = bytearray(file.read_bytes())
-    content[8192:32768] = bytes(32768 - 8192)  # the index is at the end
-    file.write_bytes(content)
+    middle = slice(len(content) // 4, 3 * len(content) // 4)
+    content[middle] = bytes(255 - x for x in content[middle])
+    file.write_bytes(content)  # the index, at the end, is whole
   message = fault(
     tmp_path / "run",
     "--mode=train",
@@ -723,10 +724,20 @@ def test_a_clock_that_jumps_and_a_trace(
   finished, prepared, environment, run, tmp_path
 ):
   workdir = tmp_path / "run"
+  # After each line of metrics; not within a save, which Orbax would give up.
   jumping = """
-import itertools, runpy, sys, time
-true, hours = time.time, itertools.cycle([3600 * h for h in (0, 9, -30, 2)])
-time.time = lambda: true() + next(hours)
+import itertools, pathlib, runpy, sys, time
+from jtsm_jax.train.metrics import MetricWriter
+true, ahead, hours = time.time, 0, itertools.cycle([9, -30, 2])
+time.time = lambda: true() + 3600 * ahead
+write = MetricWriter.write
+def write_and_jump(self, *args):
+  global ahead
+  write(self, *args)
+  if not any(self._directory.glob("checkpoints/*tmp*")):
+    ahead = next(hours)
+    print("the clock jumps")
+MetricWriter.write = write_and_jump
 sys.argv = sys.argv[1:]
 runpy.run_path("main.py", run_name="__main__")
 """
@@ -750,6 +761,7 @@ runpy.run_path("main.py", run_name="__main__")
   assert ended.returncode == 0, ended.stderr
   assert_same_end(workdir, finished[0])
   assert last_checkpoint(workdir) == LAST_STEP
+  assert ended.stdout.count("the clock jumps") > 2
   for line in lines(workdir):
     assert 0 < line["speed/images_per_second"] < 1000
     assert 0 <= line["speed/input_wait"] <= 1

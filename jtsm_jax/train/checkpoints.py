@@ -26,9 +26,6 @@ from orbax.checkpoint import checkpoint_managers as policies
 from jtsm_jax.train.state import TrainState
 from jtsm_jax.types import InputError
 
-TIMEOUT = 30 * 24 * 3600
-"""Seconds for a save by the wall clock, which may be set while it is made."""
-
 
 @contextlib.contextmanager
 def open_checkpoints(
@@ -49,7 +46,6 @@ def open_checkpoints(
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.LatestN(keep_last),
         cleanup_tmp_directories=True,
-        async_options=ocp.options.AsyncOptions(timeout_secs=TIMEOUT),
       ),
     )
   try:
@@ -338,6 +334,8 @@ def _disk_faults(directory: Any) -> Iterator[None]:
     if not isinstance(error, OSError) and not code:
       raise
     reason = os.strerror(int(code[1])) if code else error.strerror
+    if isinstance(error, TimeoutError):  # Orbax waits by the wall clock
+      reason = "it takes too long, or the clock was set while it was written"
     whole = sorted(_steps_in(pathlib.Path(directory)))
     raise InputError(
       f"{directory}: a checkpoint cannot be written ({reason}). Those of the "
