@@ -154,6 +154,9 @@ def main(argv: list[str]) -> None:
     )
   except InputError as error:
     _fail(str(error))
+  except FloatingPointError as error:
+    print(f"\nerror: {error}", file=sys.stderr)
+    sys.exit(1)
   except Stopped as stopped:
     print("\nstopped and saved; the same command goes on from here")
     sys.exit(130 if stopped.signal == signal.SIGINT else 0)

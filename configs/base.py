@@ -73,14 +73,16 @@ def get_config() -> ml_collections.ConfigDict:
 
   # Backbone.
   c.backbone = ml_collections.ConfigDict()
-  c.backbone.name = "resnet_ws"  # or "efficientnet_lite0"
-  c.backbone.depth = 18  # of resnet_ws: 18, 50, 101
-  c.backbone.width = 1.0  # of resnet_ws: factor on all channels
-  c.backbone.norm = "frozen"  # of resnet_ws: "frozen", "batch", "group"
+  c.backbone.name = "resnet_ws"  # or "resnet", "efficientnet_lite0"
+  c.backbone.depth = 18  # of both ResNets: 18, 50, 101
+  c.backbone.width = 1.0  # of both ResNets: factor on all channels
+  c.backbone.norm = "frozen"  # of both ResNets: "frozen", "batch", "group"
   c.backbone.stride = 8  # pixels per cell of the feature map
   c.backbone.outputs = ("res5",)  # stages, concatenated
   c.backbone.projection = 0  # channels after a PCA of the stages; 0 = none
-  c.backbone.pretrained = ""  # "imagenet": the index package of the weights
+  # "": random. "imagenet": the weights of efficientnet_lite0 from the package
+  # index. Or a file, .pkl, .pth or .safetensors (docs/pretrained.md).
+  c.backbone.pretrained = ""
   # Up to which stage parameters keep their values: "all" (as the authors ran
   # it), "none", or the name of a stage.
   c.backbone.freeze = "all"

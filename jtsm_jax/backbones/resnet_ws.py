@@ -8,89 +8,30 @@ down. The last two stages are dilated, which keeps the output stride at 8.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jtsm_jax.backbones.frozen_norm import FrozenNorm
+from jtsm_jax.backbones.conv_norm import ConvNorm, Norm, scaled_channels
 from jtsm_jax.types import Array
 
 PIXEL_MEAN = (122.7717, 115.9465, 102.9801)
 """Mean of the training pixels in 0 .. 255, R, G, B. The standard deviation of
-the authors' models is 1. Their weights take B, G, R: flip the first kernel's
-input axis when they are loaded."""
+the authors' models is 1. Their weights take B, G, R: the first kernel's input
+axis is flipped when they are loaded."""
 
-BATCH_NORM_EPSILON = 1e-5
 STAGE_CHANNELS = (64, 128, 256, 512)
 BOTTLENECK_EXPANSION = 4
 BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
-
-Norm = Literal["frozen", "batch", "group"]
-
-_he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def normalise(images: Array) -> Array:
   """Subtracts the mean: uint8 RGB [..., 3] -> float32, about -123 .. 153."""
   xp = np if isinstance(images, np.ndarray) else jnp
   return images.astype(xp.float32) - xp.asarray(PIXEL_MEAN, xp.float32)
-
-
-def scaled_channels(channels: int, *, width: float) -> int:
-  """`channels * width` rounded to a multiple of 8, at least 8."""
-  return max(8, int(channels * width / 8 + 0.5) * 8)
-
-
-class _ConvNorm(nn.Module):
-  """A convolution without bias, padded to keep the size, and its norm."""
-
-  channels: int
-  kernel: int
-  norm: Norm
-  dtype: jnp.dtype
-  stride: int = 1
-  dilation: int = 1
-
-  @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    x = nn.Conv(
-      self.channels,
-      (self.kernel, self.kernel),
-      strides=self.stride,
-      padding=self.dilation * (self.kernel // 2),
-      kernel_dilation=self.dilation,
-      use_bias=False,
-      kernel_init=_he_fan_out,
-      dtype=self.dtype,
-      name="conv",
-    )(x)
-    match self.norm:
-      case "frozen":
-        return FrozenNorm(BATCH_NORM_EPSILON, self.dtype, name="norm")(x)
-      case "batch":
-        return nn.BatchNorm(
-          use_running_average=not train,
-          momentum=0.9,
-          epsilon=BATCH_NORM_EPSILON,
-          dtype=self.dtype,
-          name="norm",
-        )(x)
-      case "group":
-        return nn.GroupNorm(
-          num_groups=math.gcd(32, self.channels),
-          epsilon=BATCH_NORM_EPSILON,
-          dtype=self.dtype,
-          name="norm",
-        )(x)
-      case _:
-        raise ValueError(
-          f"norm is {self.norm!r}; it must be 'frozen', 'batch' or 'group'"
-        )
 
 
 class _Block(nn.Module):
@@ -105,7 +46,7 @@ class _Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    layer = functools.partial(_ConvNorm, norm=self.norm, dtype=self.dtype)
+    layer = functools.partial(ConvNorm, norm=self.norm, dtype=self.dtype)
     spatial = functools.partial(layer, kernel=3, dilation=self.dilation)
     if self.pool is not None:
       x = self.pool(x)
@@ -181,7 +122,7 @@ class ResNetWS(nn.Module):
         f"depth is {self.depth}; it must be one of {tuple(BLOCKS)}"
       )
     layer = functools.partial(
-      _ConvNorm,
+      ConvNorm,
       scaled_channels(64, width=self.width),
       kernel=3,
       norm=self.norm,

@@ -172,6 +172,11 @@ class MaskReestimator:
     )
 
   @property
+  def hit_rate(self) -> float:
+    """Share of the submissions that were answered without GrabCut."""
+    return self.hits / max(self.hits + self.misses, 1)
+
+  @property
   def queue_depth(self) -> int:
     """Masks that are not ready yet."""
     with self._lock:

@@ -72,10 +72,8 @@ def fill_proposals(
   Returns:
     Where the store is.
   """
-  root = data_path(config.proposals.store or workdir / "proposals")
   maker = proposal_maker(config)
-  # A store may serve several data sets, whose image ids may be the same.
-  path = root / data.fingerprint / maker.key
+  path = _store_path(config, workdir, data, maker)
   splits = tuple(splits or data.splits)
   if not beam:
     shards = dict(shard=shard, num_shards=num_shards)
@@ -96,6 +94,36 @@ def fill_proposals(
       f" {SHARED_FOLDER}"
     )
   return path
+
+
+def open_proposals(
+  config: Config, workdir: pathlib.Path, data: PreparedData
+) -> stores.ProposalStore:
+  """Opens a store that holds proposals of every image.
+
+  Raises:
+    InputError: it is not there, or some images are missing.
+  """
+  store = stores.open_store(
+    _store_path(config, workdir, data, proposal_maker(config))
+  )
+  for split, source in data.splits.items():
+    missing = [name for name in source.image_ids if name not in store]
+    if missing:
+      raise InputError(
+        f"{store.path} lacks the proposals of {len(missing)} of {len(source)} "
+        f"images of {split!r}, such as {missing[0]!r}; make them with "
+        "--mode=propose"
+      )
+  return store
+
+
+def _store_path(
+  config: Config, workdir: pathlib.Path, data: PreparedData, maker: Maker
+) -> AnyPath:
+  root = data_path(config.proposals.store or workdir / "proposals")
+  # A store may serve several data sets, whose image ids may be the same.
+  return root / data.fingerprint / maker.key
 
 
 def _propose_shard(config, directory, path, splits, num_shards, shard) -> None:

@@ -199,7 +199,9 @@ def read_metrics(path: pathlib.Path, *, step: int) -> dict[str, Any]:
 
 def _summary(data, settings, step) -> list[tuple[str, str]]:
   backbone = settings["backbone"]
-  weights = f", {backbone['pretrained']} weights" * bool(backbone["pretrained"])
+  # Of a file the name: others need not know where it lay.
+  source = pathlib.Path(backbone["pretrained"]).name
+  weights = f", {source} weights" * bool(source)
   things = data.categories.num_things
   return [
     ("Data set", data.name),

@@ -9,13 +9,19 @@ import pathlib
 import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
 from absl import logging
 
-from jtsm_jax.backbones import efficientnet_lite, pretrained, resnet_ws
+from jtsm_jax.backbones import (
+  efficientnet_lite,
+  pretrained,
+  resnet,
+  resnet_ws,
+)
 from jtsm_jax.data.pipeline import MAX_SUPERPIXELS
 from jtsm_jax.data.prepared import RecordSource
 from jtsm_jax.mining.labels import slots_needed
@@ -37,6 +43,10 @@ STAGES = {
     "stem": "stem[123]",
     **{f"res{i}": f"res{i}_" for i in range(2, 6)},
   },
+  "resnet": {
+    "stem": "stem/",
+    **{f"res{i}": f"res{i}_" for i in range(2, 6)},
+  },
   "efficientnet_lite0": {
     "stem": "stem",
     "stage1": "block0/",
@@ -51,7 +61,18 @@ STAGES = {
 }
 """Stages of each backbone in order, and the beginnings of their parameters."""
 
-STRIDES = {"resnet_ws": (8, 16), "efficientnet_lite0": (8, 16, 32)}
+STRIDES = {
+  "resnet_ws": (8, 16),
+  "resnet": (8, 16, 32),
+  "efficientnet_lite0": (8, 16, 32),
+}
+
+WEIGHTS = {
+  "resnet_ws": (".pkl", ".pth", ".safetensors"),
+  "resnet": (".pth", ".safetensors"),
+  "efficientnet_lite0": (".pth", ".safetensors"),
+}
+"""The files of weights that each backbone takes."""
 
 CHOICES = {
   "task": ("panoptic", "instance", "detection"),
@@ -105,6 +126,7 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
       f"config.backbone.freeze is {b.freeze!r}; wanted 'all', 'none' or a "
       f"stage of {b.name}: {', '.join(stages)}"
     )
+  _check_pretrained(b)
   for group in ("data", "evaluation"):
     canvases(config, group)
   if not 1 <= config.proposals.num_superpixels <= MAX_SUPERPIXELS:
@@ -173,6 +195,15 @@ def build_model(
       **computing,
     )
     normalise = resnet_ws.normalise
+  elif b.name == "resnet":
+    backbone = resnet.ResNet(
+      depth=b.depth,
+      width=b.width,
+      norm=b.norm,
+      output_stride=b.stride,
+      **computing,
+    )
+    normalise = resnet.normalise
   else:
     backbone = efficientnet_lite.EfficientNetLite0(
       output_stride=b.stride, **computing
@@ -236,27 +267,106 @@ def build_model(
 def load_pretrained(
   config: ml_collections.ConfigDict, cache_dir: pathlib.Path
 ) -> dict[str, Any] | None:
-  """The backbone's variables, or None to start it at random.
+  """Variables of the backbone and, where the file has them, of the neck.
+
+  A neck that starts at random beside a pretrained backbone is told in a line.
+
+  Args:
+    config: see configs/base.py.
+    cache_dir: where converted weights are kept.
+
+  Returns:
+    A part of the variables of the model, for `create_state`; None to start it
+    at random.
 
   Raises:
-    InputError: there are no such weights, or the backbone would stay random.
+    InputError: there are no such weights, they do not fit, or the backbone
+      would stay random.
   """
-  source = config.backbone.pretrained
-  if not source:
-    if config.backbone.freeze != "none" and not config.warm_up.steps:
+  b = config.backbone
+  if not b.pretrained:
+    if b.freeze != "none" and not config.warm_up.steps:
       raise InputError(
         "config.backbone: without pretrained weights and without a tag warm-up "
-        f"a backbone frozen up to {config.backbone.freeze!r} stays random; set "
+        f"a backbone frozen up to {b.freeze!r} stays random; set "
         "backbone.freeze='none', or warm_up.steps, or backbone.pretrained"
       )
     return None
-  if (config.backbone.name, source) == ("efficientnet_lite0", "imagenet"):
-    return pretrained.load_efficientnet_lite0(cache_dir=cache_dir)
-  raise InputError(
-    f"config.backbone.pretrained is {source!r}: there are no such weights for "
-    f"{config.backbone.name}. efficientnet_lite0 has 'imagenet'; '' starts at "
-    "random"
-  )
+  _check_pretrained(b)
+  neck = {}
+  if b.name == "resnet_ws":
+    backbone, neck = pretrained.load_resnet_ws(
+      b.pretrained, depth=b.depth, cache_dir=cache_dir
+    )
+  elif b.name == "resnet":
+    backbone, neck = pretrained.load_resnet(
+      b.pretrained, depth=b.depth, cache_dir=cache_dir
+    )
+  else:
+    backbone = pretrained.load_efficientnet_lite0(
+      path=None if b.pretrained == "imagenet" else b.pretrained,
+      cache_dir=cache_dir,
+    )
+  found = {
+    collection: {"extractor": {"backbone": tree}}
+    for collection, tree in backbone.items()
+  }
+  misfit = _neck_misfit(config, neck)
+  if not misfit:
+    found["params"]["neck"] = neck
+  elif config.neck.widths:
+    print(f"train: the neck starts at random: {misfit}")
+  elif neck:
+    print(f"train: the neck of {b.pretrained} is not used: {misfit}")
+  return found
+
+
+def _check_pretrained(backbone: ml_collections.ConfigDict) -> None:
+  """Looks whether there can be such weights; the file may be elsewhere."""
+  name, source = backbone.name, backbone.pretrained
+  if not source or (name, source) == ("efficientnet_lite0", "imagenet"):
+    return
+  if pathlib.Path(source).suffix not in WEIGHTS[name]:
+    raise InputError(
+      f"config.backbone.pretrained is {source!r}: there are no such weights "
+      f"for {name}. It takes the path of a {' or '.join(WEIGHTS[name])} file, "
+      "efficientnet_lite0 also 'imagenet'; '' starts at random. See "
+      "docs/pretrained.md"
+    )
+  if name == "efficientnet_lite0":
+    return  # has neither a width nor a norm to choose
+  for field, wanted in (("width", (1.0,)), ("norm", ("frozen", "batch"))):
+    if backbone[field] not in wanted:
+      raise InputError(
+        f"config.backbone.{field} is {backbone[field]!r}: pretrained weights "
+        f"are for {' or '.join(map(repr, wanted))}; change it, or start at "
+        "random with backbone.pretrained=''"
+      )
+
+
+def _neck_misfit(
+  config: ml_collections.ConfigDict, neck: dict[str, Any]
+) -> str:
+  """Why pretrained weights of a neck cannot be this model's; "" if they can."""
+  source = config.backbone.pretrained
+  if not neck:
+    return f"{source!r} has none"
+  widths = tuple(neck[layer]["bias"].size for layer in ("fc1", "fc2"))
+  for field, found, wanted in (
+    ("neck.widths", tuple(config.neck.widths), widths),
+    ("backbone.outputs", tuple(config.backbone.outputs), ("res5",)),
+    ("backbone.projection", config.backbone.projection, 0),
+    (
+      "pooling.output_size",
+      tuple(config.pooling.output_size),
+      pretrained.NECK_BINS,
+    ),
+    ("pooling.reduce", config.pooling.reduce, "flatten"),
+    ("pooling.average", config.pooling.average, False),
+  ):
+    if found != wanted:
+      return f"config.{field} is {found!r}, that of {source} needs {wanted!r}"
+  return ""
 
 
 def canvases(
@@ -452,8 +562,11 @@ def open_feature_cache(
       config.backbone.cache_gib,
     )
     return None
+  root = pathlib.Path(config.backbone.cache_dir or workdir / "features")
+  if jax.process_count() > 1:  # two cannot write one file
+    root /= f"process_{jax.process_index()}"
   return FeatureCache(
-    pathlib.Path(config.backbone.cache_dir or workdir / "features"),
+    root,
     model=model,
     variables=variables,
     source=source,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import pathlib
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from jtsm_jax.data.prepared import PreparedData
 from jtsm_jax.proposals.store import ProposalStore
 from jtsm_jax.train import build, checkpoints, reestimation, setup
 from jtsm_jax.train import step as step_parts
+from jtsm_jax.train.cost import matmul_flops, peak_flops
 from jtsm_jax.train.feature_cache import FeatureCache
 from jtsm_jax.train.guards import check_finite
 from jtsm_jax.train.meter import Meter, summary
@@ -81,7 +83,7 @@ def train(
   best = checkpoints.open_checkpoints(workdir / "best", keep_last=1)
   reestimator = build.open_reestimator(config, workdir, source, store)
   writer = MetricWriter(workdir, active=writes)
-  with manager, best, reestimator, writer:
+  with manager, best, reestimator, writer, contextlib.ExitStack() as stack:
     # State: a new one, or the newest checkpoint of the workdir.
     restored = checkpoints.restore_latest(
       manager, functools.partial(setup.checkpoint_template, run)
@@ -121,6 +123,9 @@ def train(
       shardings=setup.shardings(run, run.warm_up_steps),
     )
 
+    meter, flops = Meter(), {}
+    peak = peak_flops(jax.local_devices()[0])
+
     # What serves them on the host.
     def open_cache() -> FeatureCache | None:
       variables = to_host(state.variables)
@@ -128,14 +133,26 @@ def train(
         config, workdir, model, variables, source, split="train"
       )
 
+    def call(part: Callable, variables: Any, batch: Batch, *rest: Any) -> Any:
+      """Calls a jitted part of a step, whose operations are counted."""
+      key = part, batch.superpixels.shape
+      with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        if key not in flops:
+          stack.enter_context(meter.paused())  # it is compiled
+          flops[key] = matmul_flops(part, variables, batch, *rest) / mesh.size
+        meter.count(flops=flops[key])
+        return part(variables, batch, *rest)
+
     def on_devices(batch: Batch) -> tuple[Batch, Batch]:
       """A batch that is mined, on the host and on the devices."""
       batch = cache.attach(batch) if cache else batch
       device_batch = put_batch(batch, mesh)
       if model.extractor.frozen and not cache:
         # Once, for both parts of the step.
-        device_batch = extract_features(state.variables, device_batch)
+        device_batch = call(extract_features, state.variables, device_batch)
       return batch, device_batch
+
+    get_proposals = with_fallback(store)
 
     def ask_for_masks(item: InFlight) -> None:
       if item.futures is None:
@@ -144,7 +161,7 @@ def train(
           item.batch,
           local_rows(item.mined, mesh),
           source=source,
-          get_proposals=with_fallback(store),
+          get_proposals=get_proposals,
         )
 
     def save(
@@ -198,16 +215,24 @@ def train(
       writer.describe(
         flatten_dict(settings, sep="."), measures=["loss/total", *measures]
       )
-    meter = Meter()
-    bar = progress(
-      description="train", total=run.last_step, initial=first_step, unit="step"
+    bar = stack.enter_context(
+      progress(
+        description="train",
+        total=run.last_step,
+        initial=first_step,
+        unit="step",
+      )
     )
+
+    # Perhaps the run before was stopped just after an evaluation.
+    is_known = np.bool_(writer.has("val/", step=first_step))
+    evaluated = first_step if broadcast_one_to_all(is_known) else None
 
     # The steps.
     stopping.defer()
     check = None
     for step in range(first_step, run.last_step):
-      if is_evaluated(step) and not writer.has("val/", step=step):
+      if is_evaluated(step) and step != evaluated:
         with stopping.at_once(), meter.paused():
           evaluate_state(step)
       if step == run.branch_start > 0 and run.learns_branches(step):
@@ -219,18 +244,16 @@ def train(
         batch = next(batches)
       learnt = {"batch": batch}
       if step < run.warm_up_steps:
-        with jax.set_mesh(mesh):
-          state, metrics = tag_step(state, put_batch(batch, mesh))
+        state, metrics = call(tag_step, state, put_batch(batch, mesh))
         if step + 1 == run.warm_up_steps:
           state = setup.begin(run, to_host(state.variables), step + 1)
           cache = open_cache()
           batches = setup.batches_from(run, step + 1, load_images=cache is None)
       else:
         item = InFlight(*on_devices(batch))
-        with jax.set_mesh(mesh):
-          grads, item.mined, metrics = mining_gradients(
-            state, item.device_batch
-          )
+        grads, item.mined, metrics = call(
+          mining_gradients, state, item.device_batch
+        )
         grads = [grads]
         if run.learns_branches(step):
           in_flight.append(item)
@@ -243,10 +266,13 @@ def train(
               pseudo = reestimation.collect(
                 item.futures, item.batch, mask_stride=run.losses.mask_stride
               )
-            with jax.set_mesh(mesh):
-              branch_grads, branch_metrics = branch_gradients(
-                state, item.device_batch, item.mined, put_batch(pseudo, mesh)
-              )
+            branch_grads, branch_metrics = call(
+              branch_gradients,
+              state,
+              item.device_batch,
+              item.mined,
+              put_batch(pseudo, mesh),
+            )
             grads.append(branch_grads)
             metrics |= branch_metrics
             learnt["branches"] = item.batch
@@ -273,11 +299,12 @@ def train(
         say(f"profile    {workdir / 'profile'}")
       if done % config.train.log_every == 0 or done == run.last_step:
         check()
-        values = meter.read()
+        values = meter.read(peak_flops=peak)
         if run.learns_branches(step):
           values["reestimation/queue"] = reestimator.queue_depth
           values["reestimation/hits"] = reestimator.hits
           values["reestimation/misses"] = reestimator.misses
+          values["reestimation/hit_rate"] = reestimator.hit_rate
         writer.write(done, values)
         bar.set_postfix_str(summary(values), refresh=False)
       if (

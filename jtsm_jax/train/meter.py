@@ -45,8 +45,8 @@ class Meter:
     finally:
       self._paused += time.monotonic() - start
 
-  def count(self, *, images: int, flops: float = 0.0) -> None:
-    """Notes the images, and operations on one device, of a step."""
+  def count(self, *, images: int = 0, flops: float = 0.0) -> None:
+    """Notes images, and operations of the matrix units of one device."""
     self._images += images
     self._flops += flops
 
@@ -56,7 +56,7 @@ class Meter:
       total, number = self._sums.get(name, (0.0, 0))
       self._sums[name] = (total + value, number + 1)
 
-  def read(self, *, peak_flops: float | None = None) -> dict[str, float]:
+  def read(self, *, peak_flops: float | None) -> dict[str, float]:
     """The means, the total loss, the speed and the shares; starts afresh.
 
     Args:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
 
 from jtsm_jax.models.jtsm import JTSM
-from jtsm_jax.types import Batch
+from jtsm_jax.types import Batch, InputError
 
 
 @flax.struct.dataclass
@@ -79,14 +80,16 @@ def initial_variables(
     key: random key.
     model: the model.
     batch: any batch with the shapes of the run.
-    pretrained: variables of the backbone ({"params", "batch_stats"}) that
-      replace the random ones.
+    pretrained: variables that replace the random ones; a part of the model's
+      tree, such as {"params": {"neck": ...}}.
+
+  Raises:
+    InputError: `pretrained` has what the model has not, or not in that shape
+      and dtype; the message lists every case.
   """
   variables = jax.jit(model.init)(key, batch)
   if pretrained is not None:
-    for collection in ("params", "batch_stats"):
-      part = variables[collection]["extractor"]
-      part["backbone"] = pretrained[collection]
+    variables = _replace(variables, pretrained)
   return variables
 
 
@@ -114,3 +117,23 @@ def create_state(
     opt_state=optimizer.init(params),
     ema=jax.tree.map(jnp.array, params) if averages else None,
   )
+
+
+def _replace(variables: Any, given: dict[str, Any]) -> dict[str, Any]:
+  """`variables` with the leaves that `given` has."""
+  flat, new = (flax.traverse_util.flatten_dict(t) for t in (variables, given))
+  faults = []
+  for path, value in new.items():
+    name = "/".join(path)
+    if path not in flat:
+      faults.append(f"{name} is not part of the model")
+      continue
+    found, wanted = (f"{x.dtype} {x.shape}" for x in (value, flat[path]))
+    if found != wanted:
+      faults.append(f"{name} is {found}, the model has {wanted}")
+  if faults:
+    raise InputError(
+      "the pretrained weights do not fit the model of this configuration:\n  "
+      + "\n  ".join(sorted(faults))
+    )
+  return flax.traverse_util.unflatten_dict(flat | new)

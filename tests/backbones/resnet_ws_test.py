@@ -234,23 +234,6 @@ def test_group_norm_needs_no_statistics():
   np.testing.assert_allclose(features["res5"], doubled["res5"], rtol=0.01)
 
 
-def test_kernels_start_as_he_fan_out():
-  layer = resnet_ws._ConvNorm(128, 3, "frozen", jnp.float32)
-  variables = layer.init(
-    jax.random.key(0), jnp.zeros((1, 4, 4, 64)), train=False
-  )
-  kernel = variables["params"]["conv"]["kernel"]
-  assert kernel.shape == (3, 3, 64, 128)
-  assert float(kernel.std()) == pytest.approx(np.sqrt(2 / (9 * 128)), rel=0.02)
-
-
-def test_channels_are_multiples_of_eight():
-  found = [
-    resnet_ws.scaled_channels(64, width=w) for w in (1.0, 0.5, 0.4, 0.05)
-  ]
-  assert found == [64, 32, 24, 8]
-
-
 def test_bfloat16_computation_keeps_float32_parameters():
   model = resnet_ws.ResNetWS(width=0.125, dtype=jnp.bfloat16)
   variables = _variables(model)

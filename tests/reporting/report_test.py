@@ -104,7 +104,8 @@ def evaluated(workdir, data):
 
 @pytest.fixture
 def workdir(tmp_path):
-  settings = {"seed": 3, "backbone": {"name": "resnet_ws", "pretrained": ""}}
+  backbone = {"name": "resnet_ws", "pretrained": "~/models/r18.pkl"}
+  settings = {"seed": 3, "backbone": backbone}
   (tmp_path / "config.json").write_text(json.dumps(settings))
   (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/total": 2.0}\n')
   return tmp_path
@@ -167,7 +168,9 @@ def test_validation_images(workdir, data):
   check_pictures(page, sections)
   assert content["metrics"]["all"]["pq"] == 61.5
   assert content["curves"][0]["points"] == [[1, 2.0]]
-  assert dict(map(tuple, content["summary"]))["Validation images"] == "4"
+  summary = dict(map(tuple, content["summary"]))
+  assert summary["Validation images"] == "4"
+  assert summary["Backbone"] == "resnet_ws, r18.pkl weights"
   images = sections["val"]["images"]
   source = data.splits["val"]
   assert [x["id"] for x in images] == list(source.image_ids)

@@ -10,6 +10,7 @@ import pytest
 
 import configs
 from configs import base
+from jtsm_jax.backbones import pretrained
 from jtsm_jax.backbones.resnet_ws import ResNetWS
 from jtsm_jax.train import build
 from jtsm_jax.types import Batch, Categories, Category, InputError
@@ -96,12 +97,19 @@ def test_branches_without_classes_are_left_out():
 @pytest.mark.parametrize(
   ("field", "value", "message"),
   [
-    ("backbone.name", "vgg16", "'vgg16'.*'resnet_ws', 'efficientnet_lite0'"),
+    (
+      "backbone.name",
+      "vgg16",
+      "'vgg16'.*'resnet_ws', 'resnet', 'efficientnet_lite0'",
+    ),
     ("backbone.outputs", ("res5", "res6"), "res6.*: res2, res3, res4, res5"),
     ("backbone.outputs", ("stem",), "stem.*: res2, res3, res4, res5"),
     ("backbone.outputs", (), "outputs"),
     ("backbone.freeze", "res9", "'res9'.*stem, res2, res3, res4, res5"),
     ("backbone.stride", 32, "stride is 32; resnet_ws has one of 8, 16"),
+    ("backbone.pretrained", "coco", r"'coco'.*resnet_ws.*'imagenet'"),
+    ("backbone.pretrained", "imagenet", r"'imagenet'.* weights for resnet_ws"),
+    ("backbone.pretrained", "w.npz", r"w.npz.*\.pkl or \.pth or \.safetensors"),
     ("data.crop", 0.0, r"crop is 0.0; wanted a share .* \(0, 1\]"),
     ("data.crop", 1.5, "crop is 1.5"),
     ("evaluation.proposal_block", 12, "block is 12; wanted a multiple of 8"),
@@ -120,11 +128,150 @@ def test_unknown_values_are_input_errors(field, value, message):
     build.build_model(config, CATEGORIES)
 
 
-def test_unknown_weights_are_an_input_error(tmp_path):
+def test_weights_are_of_the_kind_that_a_backbone_takes(tmp_path):
   config = base.get_config()
-  config.backbone.pretrained = "coco"
-  with pytest.raises(InputError, match=r"'coco'.*resnet_ws.*'imagenet'"):
+  config.backbone.name = "resnet"
+  config.backbone.pretrained = "w.pkl"
+  with pytest.raises(InputError, match=r"w\.pkl.* for resnet\. .*\.pth or"):
     build.load_pretrained(config, tmp_path)
+  config.backbone.pretrained = "w.pth"
+  build.check_fields(config)  # a trained model does without the file
+  with pytest.raises(InputError, match=r"cannot read the weights w\.pth"):
+    build.load_pretrained(config, tmp_path)
+  for field, value in (("width", 0.5), ("norm", "group")):
+    config = base.get_config()
+    config.backbone.pretrained = "w.pth"
+    config.backbone[field] = value
+    with pytest.raises(InputError, match=rf"{field} is .*{value}.*weights are"):
+      build.check_fields(config)
+
+
+@pytest.fixture(scope="module")
+def weights_of_resnet_ws():
+  """Shapes are enough: no value is looked at."""
+  variables = jax.eval_shape(
+    lambda key, x: ResNetWS().init(key, x, train=False),
+    jax.random.key(0),
+    np.zeros((1, 32, 32, 3), np.float32),
+  )
+  zeros = jax.tree.map(
+    lambda x: np.broadcast_to(np.float32(0), x.shape), variables
+  )
+  shapes = {"fc1": (7 * 7 * 512, 4096), "fc2": (4096, 4096)}
+  neck = {
+    name: {
+      "kernel": np.broadcast_to(np.float32(0), shape),
+      "bias": np.zeros(shape[1], np.float32),
+    }
+    for name, shape in shapes.items()
+  }
+  return pretrained.Weights(zeros, neck)
+
+
+def test_weights_of_the_authors_fill_backbone_and_neck(
+  tmp_path, monkeypatch, capsys, weights_of_resnet_ws
+):
+  asked = []
+
+  def load(path, **options):
+    asked.append((path, options))
+    return weights_of_resnet_ws
+
+  monkeypatch.setattr(pretrained, "load_resnet_ws", load)
+  config = base.get_config()
+  config.backbone.pretrained = "~/w.pkl"
+  found = build.load_pretrained(config, tmp_path)
+  assert asked == [("~/w.pkl", {"depth": 18, "cache_dir": tmp_path})]
+  model = build.build_model(config, CATEGORIES)
+  batch = _batch(min(config.data.canvases))
+  variables = jax.eval_shape(model.init, jax.random.key(0), batch)
+  wanted = {
+    "params": {
+      "extractor": {
+        "backbone": variables["params"]["extractor"]["backbone"],
+      },
+      "neck": variables["params"]["neck"],
+    },
+    "batch_stats": variables["batch_stats"],
+  }
+  assert jax.tree.map(np.shape, found) == jax.tree.map(
+    lambda x: x.shape, wanted
+  )
+  assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    (
+      "neck.widths",
+      (4096, 1024),
+      r"starts at random: .*\(4096, 1024\), .*4096\)",
+    ),
+    (
+      "neck.widths",
+      (),
+      r"neck of w\.pkl is not used: config\.neck\.widths is \(\)",
+    ),
+    ("backbone.outputs", ("res4", "res5"), "starts at random: .*outputs"),
+    ("backbone.projection", 64, "starts at random: .*projection is 64"),
+    ("pooling.output_size", (4, 4), r"starts at random: .*\(4, 4\)"),
+    ("pooling.reduce", "mean", "starts at random: .*'mean'.*'flatten'"),
+    ("pooling.average", True, "starts at random: .*average is True"),
+  ],
+)
+def test_a_neck_that_does_not_fit_is_told(
+  tmp_path, monkeypatch, capsys, weights_of_resnet_ws, field, value, message
+):
+  monkeypatch.setattr(
+    pretrained, "load_resnet_ws", lambda *_, **__: weights_of_resnet_ws
+  )
+  config = base.get_config()
+  config.backbone.pretrained = "w.pkl"
+  config.update_from_flattened_dict({field: value})
+  found = build.load_pretrained(config, tmp_path)
+  assert set(found["params"]) == {"extractor"}
+  (line,) = capsys.readouterr().out.splitlines()
+  assert re.search(message, line)
+
+
+def test_weights_without_a_neck_are_told(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(
+    pretrained,
+    "load_resnet",
+    lambda path, **options: pretrained.Weights({"params": {}}, {}),
+  )
+  config = base.get_config()
+  config.backbone.name = "resnet"
+  config.backbone.pretrained = "w.pth"
+  found = build.load_pretrained(config, tmp_path)
+  assert found == {"params": {"extractor": {"backbone": {}}}}
+  out = capsys.readouterr().out
+  assert out == "train: the neck starts at random: 'w.pth' has none\n"
+  config.neck.widths = ()
+  build.load_pretrained(config, tmp_path)
+  assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_torchvisions_network_is_a_backbone(stride):
+  config = base.get_config()
+  config.backbone.name, config.backbone.depth = "resnet", 50
+  config.backbone.stride = stride
+  config.data.canvases = config.evaluation.canvases = ((128, 192),)
+  model, params = _params(config)
+  assert params["extractor"]["backbone"]["stem"]["conv"]["kernel"].shape == (
+    *(7, 7),
+    *(3, 64),
+  )
+  images = np.zeros((1, 128, 192, 3), np.uint8)
+  features = jax.eval_shape(
+    lambda key: model.init_with_output(key, images, method="extract")[0],
+    jax.random.key(0),
+  )
+  assert features.shape == (1, 128 // stride, 192 // stride, 2048)
+  optimizer = build.main_optimizer(config, params)
+  jax.eval_shape(optimizer.init, params)
 
 
 @pytest.mark.parametrize(
@@ -164,9 +311,11 @@ def test_frozen_stages_get_no_update(freeze, norm, moving):
     assert bool(np.any(update != 0)) == moves, names
 
 
-@pytest.mark.parametrize("name", ["shapes", "base"])
-def test_stages_share_out_the_parameters(name):
-  config = importlib.import_module(f"configs.{name}").get_config()
+@pytest.mark.parametrize("backbone", build.STAGES)
+def test_stages_share_out_the_parameters(backbone):
+  config = base.get_config()
+  config.backbone.name = backbone
+  config.backbone.outputs = tuple(build.STAGES[backbone])[-1:]
   _, params = _params(config)
   stages = build.STAGES[config.backbone.name]
   for layer in params["extractor"]["backbone"]:
