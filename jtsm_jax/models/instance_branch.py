@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels as pk
+from jtsm_jax.models.mixed_precision import wide_bias
 
 MASK_SIZE = 28
 
@@ -19,7 +20,7 @@ class InstanceBranch(nn.Module):
     channels: of the convolutions; the paper has 256.
     num_convs: the paper has 4.
     stride: pixels per cell of the feature map.
-    dtype: of the computation; parameters are float32.
+    dtype: of products; parameters are float32.
   """
 
   num_things: int
@@ -51,6 +52,7 @@ class InstanceBranch(nn.Module):
         (3, 3),
         kernel_init=init,
         dtype=self.dtype,
+        promote_dtype=wide_bias,
         name=f"conv{i + 1}",
       )
       x = nn.relu(conv(x))
@@ -60,6 +62,7 @@ class InstanceBranch(nn.Module):
       strides=(2, 2),
       kernel_init=init,
       dtype=self.dtype,
+      promote_dtype=wide_bias,
       name="deconv",
     )
     x = nn.relu(deconv(x))
@@ -67,6 +70,7 @@ class InstanceBranch(nn.Module):
       self.num_things,
       kernel_init=nn.initializers.normal(0.001),
       dtype=self.dtype,
+      promote_dtype=wide_bias,
       name="predictor",
     )(x)
     return x.reshape(*lead, *x.shape[1:]).astype(jnp.float32)

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jtsm_jax.models.mixed_precision import wide_bias
 from jtsm_jax.types import MiningOutputs
 
 SCORE_EPSILON = 1e-6
@@ -23,7 +24,7 @@ class Neck(nn.Module):
     input_dropout: rate on the pooled features themselves.
     share_input_dropout: all proposals of an image lose the same features, which
       is faster and keeps them comparable.
-    dtype: of the layers; parameters are float32.
+    dtype: of products and of the result; parameters are float32.
   """
 
   widths: tuple[int, ...] = (4096, 4096)
@@ -67,10 +68,11 @@ class Neck(nn.Module):
         kernel_init=nn.initializers.normal(0.005),
         bias_init=nn.initializers.constant(0.1),
         dtype=self.dtype,
+        promote_dtype=wide_bias,
         name=f"fc{i + 1}",
       )(x)
       x = dropout(streams[i + 1], nn.relu(x), self.dropout, first=first)
-    return x
+    return x.astype(self.dtype)
 
 
 def dropout(
@@ -116,7 +118,7 @@ class MiningHeads(nn.Module):
     num_refinements: n_r, 0 to any number; the paper has 4.
     zero_init: start the MIL head at zero, so that all proposals begin equal;
       otherwise Xavier, as the authors do.
-    dtype: of what the matrix products multiply; logits are float32.
+    dtype: of what the products multiply; logits and parameters are float32.
   """
 
   num_classes: int
@@ -142,6 +144,7 @@ class MiningHeads(nn.Module):
     dense = functools.partial(
       nn.Dense,
       dtype=self.dtype,
+      promote_dtype=wide_bias,
       dot_general=functools.partial(
         jax.lax.dot_general, preferred_element_type=jnp.float32
       ),
