@@ -55,9 +55,8 @@ class FeatureExtractor(nn.Module):
     stages = self.backbone(self.normalise(images), train=train)
     height = images.shape[1] // self.stride
     width = images.shape[2] // self.stride
-    return jnp.concatenate(
-      [_resize(stages[name], height, width) for name in self.outputs], axis=-1
-    ).astype(jnp.float32)
+    chosen = [stages[name].astype(jnp.float32) for name in self.outputs]
+    return jnp.concatenate([_resize(x, height, width) for x in chosen], axis=-1)
 
 
 class Projection(nn.Module):
