@@ -53,6 +53,9 @@ FREE_FIELDS = (
   "train.checkpoint_every",
   "train.evaluate_every",
   "train.loader_threads",
+  "train.memory_gib",
+  "train.proposal_block",
+  "train.remat",
   "evaluation",
   "report",
 )

@@ -249,4 +249,6 @@ def _local_bytes(tree: Any, shardings: Any) -> int:
 
 def _gib(count: float) -> str:
   count /= GIB
+  if count < 1e-3:
+    return "0"
   return f"{count:.0f}" if count >= 100 else f"{count:.2g}"
