@@ -134,12 +134,13 @@ def main(argv: list[str]) -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax and TFDS tell too much
   sys.stdout.reconfigure(line_buffering=True)  # in order, in a log file too
-  # Late, so that --help and a wrong flag answer at once.
-  from jtsm_jax import distributed, run
-  from jtsm_jax.train.stopping import Stopped
-  from jtsm_jax.types import InputError
-
+  terminated = _terminate_as_interrupt() if _stops_well() else []
   try:
+    # Late, so that --help and a wrong flag answer at once.
+    from jtsm_jax import distributed, run
+    from jtsm_jax.train.stopping import Stopped
+    from jtsm_jax.types import InputError
+
     if _DISTRIBUTED.value:
       distributed.start(*by_hand)
     run.run(
@@ -152,6 +153,15 @@ def main(argv: list[str]) -> None:
       beam=_BEAM.value or "",
       profile=_profiled_steps(),
     )
+  except KeyboardInterrupt:
+    print(
+      "\nstopped; the same command goes on from what is on disk",
+      file=sys.stderr,
+    )
+    sys.stderr.flush()
+    # At once: threads that still save would only complain. What is on disk is
+    # whole at any time.
+    os._exit(0 if terminated else 130)
   except InputError as error:
     _fail(str(error))
   except FloatingPointError as error:
@@ -160,15 +170,25 @@ def main(argv: list[str]) -> None:
   except Stopped as stopped:
     print("\nstopped and saved; the same command goes on from here")
     sys.exit(130 if stopped.signal == signal.SIGINT else 0)
-  except KeyboardInterrupt:
-    print(
-      "\nstopped; the same command goes on from the newest checkpoint",
-      file=sys.stderr,
-    )
-    sys.stderr.flush()
-    # At once: threads that still save would only complain. What is on disk is
-    # whole at any time.
-    os._exit(130)
+
+
+def _stops_well() -> bool:
+  """Whether a SIGTERM is no failure: the same command goes on."""
+  # jax.distributed listens itself.
+  return _MODE.value in ("all", "train") and not _DISTRIBUTED.value
+
+
+def _terminate_as_interrupt() -> list[int]:
+  """Makes SIGTERM raise KeyboardInterrupt; the list tells that it did."""
+  received = []
+
+  def interrupt(number: int, frame: object) -> NoReturn:
+    del frame
+    received.append(number)
+    raise KeyboardInterrupt
+
+  signal.signal(signal.SIGTERM, interrupt)
+  return received
 
 
 def _profiled_steps() -> tuple[int, int] | None:

@@ -187,6 +187,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.log_every = 20
   c.train.images_every = 1000  # pictures of what is mined, in TensorBoard
   c.train.checkpoint_every = 1000
+  c.train.keep_checkpoints = 2  # the last ones; the best one is kept besides
   c.train.evaluate_every = 5000
   c.train.loader_threads = 2  # that make batches
   # Processes that make batches, each with so many threads; for hosts of many

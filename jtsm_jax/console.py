@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterable, Sized
 from typing import Any
 
@@ -41,14 +42,15 @@ def progress(
     "unit": unit,
     "file": sys.stderr,
     "smoothing": 0.1,
+    # Without, a rate that falls would silence it for long.
+    "miniters": 1,
   }
   if sys.stderr.isatty():
-    return tqdm.tqdm(**shared, dynamic_ncols=True)
+    return _Bar(**shared, dynamic_ncols=True)
   line = (
     "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
   )
-  # miniters: without, a rate that falls would silence it for long.
-  return _LogLines(**shared, mininterval=10, miniters=1, bar_format=line)
+  return _LogLines(**shared, mininterval=10, bar_format=line)
 
 
 def say(text: str) -> None:
@@ -59,10 +61,15 @@ def say(text: str) -> None:
     print(text)
 
 
-class _LogLines(tqdm.tqdm):
-  """tqdm for a log: a line each time instead of one that is drawn over."""
+class _Bar(tqdm.tqdm):
+  """tqdm by a clock that never jumps."""
 
-  monitor_interval = 0  # no thread that prints between updates
+  monitor_interval = 0  # no thread that prints, by another clock
+  _time = property(lambda self: time.monotonic, lambda self, clock: None)
+
+
+class _LogLines(_Bar):
+  """tqdm for a log: a line each time instead of one that is drawn over."""
 
   @staticmethod
   def status_printer(file):

@@ -51,8 +51,13 @@ FREE_FIELDS = (
   "train.log_every",
   "train.images_every",
   "train.checkpoint_every",
+  "train.keep_checkpoints",
   "train.evaluate_every",
+  "train.accumulation",
+  "train.model_parallel",
+  "train.divide_optimizer",
   "train.loader_threads",
+  "train.loader_workers",
   "train.memory_gib",
   "train.proposal_block",
   "train.remat",
@@ -208,8 +213,9 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
 
 def _keep_compiled_programs() -> None:
   """The same program is compiled once on a machine, not in every run."""
-  if not jax.config.jax_compilation_cache_dir:  # not chosen by the user
-    # Programs for one processor may not run on another one.
+  chosen = jax.config.jax_compilation_cache_dir  # by the user
+  # On some CPUs XLA doubts, at length, what it has compiled there itself.
+  if not chosen and jax.default_backend() != "cpu":
     folder = cache_folder() / "compiled" / platform.node()
     jax.config.update("jax_compilation_cache_dir", str(folder))
 

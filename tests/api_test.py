@@ -27,6 +27,9 @@ TESTED_ELSEWHERE = {
     )
   },
   "jtsm_jax/train/loop.py": "tests/end_to_end_test.py",
+  "jtsm_jax/train/setup.py": "tests/end_to_end_test.py",
+  "jtsm_jax/train/objectives.py": "tests/train/step_test.py",
+  "jtsm_jax/train/warm_up.py": "tests/train/step_test.py",
   # Data types: every test makes some.
   "jtsm_jax/types.py": "tests/data/panoptic_files_test.py",
   # The implementations of one operator, compared with each other.

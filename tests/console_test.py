@@ -1,6 +1,10 @@
 """Console helpers, on a stderr that is no terminal."""
 
+import itertools
 import re
+import time
+
+import tqdm
 
 from jtsm_jax import console
 
@@ -27,6 +31,27 @@ def test_counting_by_update_goes_on_from_initial(capsys):
   log = capsys.readouterr().err
   assert "train: 4/10" in log
   assert "train: 10/10" in log
+
+
+def test_a_clock_that_jumps_neither_silences_nor_speeds(capsys, monkeypatch):
+  now, hours = [100.0], 3600.0
+  walls = itertools.cycle([8 * hours, -9 * hours])
+  monkeypatch.setattr(time, "monotonic", lambda: now[0])
+  monkeypatch.setattr(tqdm.std, "time", lambda: now[0] + next(walls))
+  monkeypatch.setattr(time, "time", lambda: now[0] + next(walls))
+  with console.progress(description="train", total=8, unit="step") as bar:
+    for _ in range(8):
+      now[0] += 6  # so every second one is more than 10 s after a line
+      bar.update()
+  lines = capsys.readouterr().err.splitlines()
+  assert [line.split()[1] for line in lines] == [
+    "0/8",
+    "2/8",
+    "4/8",
+    "6/8",
+    "8/8",
+  ]
+  assert all("6.00s/step" in line for line in lines[1:])
 
 
 def test_progress_writes_nothing_on_stdout(capsys):

@@ -6,10 +6,12 @@ configuration is tests/configs/tiny.py.
 
 import contextlib
 import ctypes
+import gzip
 import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -446,8 +448,39 @@ def last_checkpoint(workdir):
   return max(int(name) for name in names if name.isdigit())
 
 
+def kill_in_a_save(process, workdir):
+  """Kills a run as soon as it writes a checkpoint: the last complete one."""
+  limit = time.monotonic() + 200
+  while not any(workdir.glob("checkpoints/*.orbax-checkpoint-tmp*")):
+    assert process.poll() is None, process.communicate()
+    assert time.monotonic() < limit
+    time.sleep(0.001)
+  process.kill()
+  process.communicate()
+  return last_checkpoint(workdir)
+
+
+def interrupt_at(process, number, *, line):
+  """Sends a signal when stdout or stderr has a line: (stdout, exit code).
+
+  The other one of the two must fit into a pipe until then.
+  """
+  stream = process.stderr if ": 0/" in line else process.stdout
+  for found in stream:
+    if found.startswith(line):
+      break
+  else:
+    pytest.fail(f"ended without {line!r}: {process.communicate()}")
+  process.send_signal(number)
+  sent = time.monotonic()
+  out, err = process.communicate()
+  assert time.monotonic() - sent < 30
+  assert "Traceback" not in out + err
+  return out + err, process.returncode
+
+
 def everything_in(checkpoint):
-  """All arrays of a checkpoint by name, and the position in the data."""
+  """All arrays of a checkpoint by name."""
   arrays = {}
   for item in ("state", "in_flight"):
     with ocp.PyTreeCheckpointer() as checkpointer:
@@ -460,8 +493,7 @@ def everything_in(checkpoint):
       )
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
       arrays[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
-  position = (checkpoint / "data" / "process_0-of-1.json").read_text()
-  return arrays, json.loads(position)
+  return arrays
 
 
 def assert_same_end(workdir, other):
@@ -469,12 +501,10 @@ def assert_same_end(workdir, other):
   a, b = (
     everything_in(x / "checkpoints" / str(LAST_STEP)) for x in (workdir, other)
   )
-  assert a[0].keys() == b[0].keys()
-  assert any("opt_state" in name for name in a[0])
-  assert all(np.isfinite(x).all() for x in a[0].values())
-  unequal = [n for n in a[0] if not np.array_equal(a[0][n], b[0][n])]
-  assert unequal == []
-  assert a[1] == b[1]
+  assert a.keys() == b.keys()
+  assert any("opt_state" in name for name in a)
+  assert all(np.isfinite(x).all() for x in a.values())
+  assert [n for n in a if a[n].tobytes() != b[n].tobytes()] == []
   losses = [
     {x["step"]: x["loss/total"] for x in lines(y) if "loss/total" in x}
     for y in (workdir, other)
@@ -483,7 +513,7 @@ def assert_same_end(workdir, other):
   assert LAST_STEP in shared
   # The mean of an interval that a kill has cut is that of its second part.
   assert losses[0][LAST_STEP] == losses[1][LAST_STEP]
-  return a[0]
+  return a
 
 
 def test_a_killed_run_ends_like_one_that_was_not(
@@ -509,7 +539,8 @@ def test_kills_in_the_warm_up_and_with_masks_in_flight(
 ):
   config = f"{TINY}:frozen"
   whole, workdir = tmp_path / "whole", tmp_path / "killed"
-  run(whole, "--mode=train", NEVER, *prepared, config=config)
+  average = "--config.train.ema_decay=0.9"
+  run(whole, "--mode=train", NEVER, average, *prepared, config=config)
   # The killed one never has the masks of the validation images.
   data = tmp_path / "data"
   shutil.copytree(finished[0] / "data", data)
@@ -517,22 +548,236 @@ def test_kills_in_the_warm_up_and_with_masks_in_flight(
   flags = (
     "--mode=train",
     NEVER,
+    average,
     "--config.train.checkpoint_every=1",
     f"--config.data.prepared={data}",
     prepared[1],
   )
   process = start(workdir, *flags, config=config)
   assert 1 <= kill_at(process, workdir, 1) <= 2
+  # Stopped in the calibration between the warm-up and the mining.
+  process = start(workdir, *flags, config=config)
+  said, code = interrupt_at(process, signal.SIGTERM, line="set up: 0/")
+  assert code == 0
+  assert "stopped and saved; the same command goes on from here" in said
+  assert last_checkpoint(workdir) == 2
   process = start(workdir, *flags, config=config)
   stopped = kill_at(process, workdir, 4)
   assert 4 <= stopped < LAST_STEP
-  at_kill, _ = everything_in(workdir / "checkpoints" / str(stopped))
+  at_kill = everything_in(workdir / "checkpoints" / str(stopped))
   assert at_kill["in_flight['count']"] == 2
   assert at_kill["in_flight['mined'][1]['valid']"].any()
+  # Again, while a checkpoint is being written, and by SIGTERM.
+  process = start(workdir, *flags, config=config)
+  again = kill_in_a_save(process, workdir)
+  assert stopped <= again <= LAST_STEP
+  process = start(workdir, *flags, config=config)
+  said, code = interrupt_at(
+    process, signal.SIGTERM, line="train: going on from step"
+  )
+  assert code == 0
+  assert "stopped and saved; the same command goes on from here" in said
+  stopped = last_checkpoint(workdir)
+  assert again <= stopped < LAST_STEP
   out, _ = run(workdir, *flags, config=config)
   assert f"going on from step {stopped} of {LAST_STEP}" in out
-  assert_same_end(workdir, whole)
+  arrays = assert_same_end(workdir, whole)
+  assert any("['ema']" in name for name in arrays)
   assert list((workdir / "features").rglob("*.f16"))
+
+
+def test_signals_at_any_moment_lose_nothing(
+  finished, prepared, start, run, tmp_path
+):
+  workdir = tmp_path / "stopped"
+  flags = "--mode=train", *prepared
+
+  def interrupt(number, line):
+    return interrupt_at(start(workdir, *flags), number, line=line)
+
+  # Before the first step.
+  said, code = interrupt(signal.SIGTERM, "data: shapes")
+  assert code == 0
+  assert "stopped" in said
+  # In a step, which is finished.
+  said, code = interrupt(signal.SIGINT, "train: from step 2 on")
+  assert code == 130
+  assert "SIGINT: stops after this step" in said
+  assert "stopped and saved" in said
+  assert last_checkpoint(workdir) >= 3
+  # In the evaluation of step 8, which the next one does again.
+  said, code = interrupt(signal.SIGINT, "evaluate: 0/")
+  assert code == 130
+  assert last_checkpoint(workdir) == 8
+  assert not [x for x in lines(workdir) if "val/pq" in x]
+  out, _ = run(workdir, *flags)
+  assert f"going on from step 8 of {LAST_STEP}" in out
+  assert [x["step"] for x in lines(workdir) if "val/pq" in x] == [8]
+  assert_same_end(workdir, finished[0])
+
+
+def test_numbers_that_are_not_finite_stop_a_run(prepared, start, tmp_path):
+  workdir = tmp_path / "spoilt"
+  flags = "--mode=train", NEVER, "--config.train.learning_rate=1e4", *prepared
+  for _ in range(2):  # the second one goes on from the last good checkpoint
+    process = start(workdir, *flags, "--config.train.checkpoint_every=1")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1, out + err
+    assert "Traceback" not in err
+    step, images = re.search(
+      r"error: step (\d+) gave no finite loss/.* its images were (.*?)\. Its",
+      err,
+    ).groups()
+    kept = last_checkpoint(workdir)
+    assert kept == int(step) - 1
+    arrays = everything_in(workdir / "checkpoints" / str(kept))
+    assert all(np.isfinite(x).all() for x in arrays.values())
+    path = workdir / f"nonfinite_step_{step}.npz"
+    assert str(path) in err
+    with np.load(path) as batch:
+      assert batch["batch/tags"].shape == (2, 12)
+    report = json.loads(path.with_suffix(".json").read_text())
+    assert str(report["images"]) == images
+    assert "train_000" in images
+    assert report["step"] == int(step)
+  assert f"going on from step {kept} of" in out
+
+
+def test_a_disk_that_fills_up_stops_a_run(
+  finished, prepared, start, run, tmp_path
+):
+  workdir = tmp_path / "full"
+  flags = "--mode=train", NEVER, "--config.train.checkpoint_every=1", *prepared
+  process = start(workdir, *flags)
+  limit = time.monotonic() + 200
+  while not (workdir / "checkpoints" / "3").is_dir():
+    assert process.poll() is None, process.communicate()
+    assert time.monotonic() < limit
+    time.sleep(0.005)
+  # From now on no file can be longer than its first block.
+  resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4096, 4096))
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == 2, out + err
+  [message] = [x for x in err.splitlines() if x.startswith("error: ")]
+  assert "File too large" in message
+  assert "Free some space" in message
+  assert str(workdir) in message
+  kept = last_checkpoint(workdir)
+  assert kept >= 3
+  out, _ = run(workdir, *flags)
+  assert f"going on from step {kept} of {LAST_STEP}" in out
+  assert_same_end(workdir, finished[0])
+
+
+def test_data_that_vanish(finished, folder, fault, start, run, tmp_path):
+  # What is open can be read on; this run goes to its end.
+  root, workdir, data, proposals = (
+    tmp_path / name for name in ("mine", "run", "data", "proposals")
+  )
+  shutil.copytree(folder, root)
+  flags = (
+    *mine(root),
+    NEVER,
+    f"--config.data.prepared={data}",
+    f"--config.proposals.store={proposals}",
+  )
+  process = start(workdir, "--mode=train", *flags)
+  limit = time.monotonic() + 200
+  while not (workdir / "checkpoints" / "5").is_dir():
+    assert process.poll() is None, process.communicate()
+    assert time.monotonic() < limit
+    time.sleep(0.005)
+  for path in (root, data, proposals):
+    shutil.rmtree(path)
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == 0, out + err
+  # But nothing can start without; the run itself is as it was.
+  for mode in ("train", "evaluate"):
+    assert f"{root}: no such folder" in fault(workdir, f"--mode={mode}", *flags)
+  arrays = everything_in(workdir / "checkpoints" / str(LAST_STEP))
+  assert all(np.isfinite(x).all() for x in arrays.values())
+
+
+def test_damaged_proposals_are_named(finished, prepared, fault, tmp_path):
+  # The record is read by a thread of the input pipeline.
+  store = tmp_path / "proposals"
+  shutil.copytree(finished[0] / "proposals", store)
+  for file in store.rglob("*.array_record"):
+    content = bytearray(file.read_bytes())
+    assert len(content) > 3 << 16
+    content[1 << 16 : 2 << 16] = bytes(1 << 16)  # the index is at the end
+    file.write_bytes(content)
+  message = fault(
+    tmp_path / "run",
+    "--mode=train",
+    NEVER,
+    prepared[0],
+    f"--config.proposals.store={store}",
+  )
+  assert re.match(
+    r"error: proposal store .*: the record of image .* is dam", (message)
+  )
+  assert len(message.strip().splitlines()) == 1
+
+
+def test_a_clock_that_jumps_and_a_trace(
+  finished, prepared, environment, run, tmp_path
+):
+  workdir = tmp_path / "run"
+  jumping = """
+import itertools, runpy, sys, time
+true, hours = time.time, itertools.cycle([3600 * h for h in (0, 9, -30, 2)])
+time.time = lambda: true() + next(hours)
+sys.argv = sys.argv[1:]
+runpy.run_path("main.py", run_name="__main__")
+"""
+  flags = f"--config={TINY}", f"--workdir={workdir}", "--mode=train", NEVER
+  ended = subprocess.run(
+    [
+      sys.executable,
+      "-c",
+      jumping,
+      "main.py",
+      *flags,
+      *prepared,
+      "--profile=4:6",
+    ],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert ended.returncode == 0, ended.stderr
+  assert_same_end(workdir, finished[0])
+  assert last_checkpoint(workdir) == LAST_STEP
+  for line in lines(workdir):
+    assert 0 < line["speed/images_per_second"] < 1000
+    assert 0 <= line["speed/input_wait"] <= 1
+  # The trace can be read as the message says.
+  [said] = [x for x in ended.stdout.splitlines() if x.startswith("profile ")]
+  assert "https://ui.perfetto.dev" in said
+  pattern = said.split()[1].rstrip(":")
+  [trace] = workdir.glob(os.path.relpath(pattern, workdir))
+  events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+  assert any("branch_gradients" in str(event.get("name")) for event in events)
+  # One of steps that are not run any more does no harm.
+  out, _ = run(workdir, *flags[2:], *prepared, "--profile=4:6")
+  assert "profile " not in out
+
+
+def test_a_run_needs_its_first_weights_only_once(
+  finished, prepared, start, run, fault, tmp_path
+):
+  weights, workdir = tmp_path / "weights", tmp_path / "run"
+  shutil.copytree(finished[0] / "checkpoints" / str(LAST_STEP), weights)
+  flags = "--mode=train", NEVER, f"--init_from={weights}", *prepared
+  often = "--config.train.checkpoint_every=1"
+  assert 1 <= kill_at(start(workdir, *flags, often), workdir, 1) < LAST_STEP
+  shutil.rmtree(weights)
+  out, _ = run(workdir, *flags)
+  assert "train: going on from step" in out
+  assert "there is no checkpoint" in fault(tmp_path / "new", *flags)
 
 
 def test_a_damaged_checkpoint_is_passed_over(finished, run, tmp_path):
@@ -547,9 +792,10 @@ def test_a_damaged_checkpoint_is_passed_over(finished, run, tmp_path):
   )
   assert f"going on from step 10 of {LAST_STEP}" in out
   assert_same_end(workdir, finished[0])
-  # The one with the best PQ is still known to be it.
   kept = {x.name for x in (workdir / "checkpoints").iterdir()}
-  assert {"8", "10", str(LAST_STEP)} <= kept
+  assert kept == {"10", str(LAST_STEP)}
+  assert (workdir / "best" / "8").is_dir()  # with the best PQ
+  assert (workdir / f"damaged_checkpoint_{LAST_STEP}").is_dir()
 
 
 def test_only_damaged_checkpoints(finished, fault, tmp_path):

@@ -145,9 +145,15 @@ class RecordSource:
     return len(self.image_ids)
 
   def __getitem__(self, i: int) -> Record:
-    """Record i without ground truth; IndexError outside 0 .. N - 1."""
+    """Record i without ground truth.
+
+    Raises:
+      IndexError: i lies outside 0 .. N - 1.
+      InputError: the files are gone or damaged. Those that were open when they
+        were removed can still be read.
+    """
     self._check_index(i)
-    example = self._images[i]
+    example = self._read(IMAGES, i)
     image_id = example["image_id"].decode()
     if image_id != self.image_ids[i]:
       raise InputError(
@@ -179,7 +185,7 @@ class RecordSource:
     row = int(self._panoptic_rows[i])
     if row < 0:
       return None
-    example = self._panoptic[row]
+    example = self._read(PANOPTIC, row)
     with Image.open(io.BytesIO(example["ids"])) as image:
       ids = decode_ids(np.asarray(image))
     names = [field.name for field in dataclasses.fields(Segment)]
@@ -194,13 +200,24 @@ class RecordSource:
     row = int(self._instances_rows[i])
     if row < 0:
       return None
-    example = self._instances[row]
+    example = self._read(INSTANCES, row)
     values = {k: np.asarray(example[k]) for k in INSTANCE_ARRAYS}
     return Instances(**values, rles=tuple(example["rles"]))
 
   def _check_index(self, i: int) -> None:
     if not 0 <= i < len(self):
       raise IndexError(f"record {i} of a split of {len(self)}")
+
+  def _read(self, part: str, row: int) -> dict[str, Any]:
+    try:
+      return getattr(self, f"_{part}")[row]
+    except InputError:
+      raise
+    except Exception as error:  # ArrayRecord raises many kinds.
+      raise InputError(
+        f"{self._directory / part}: record {row} of {self._split!r} cannot be"
+        f" read ({error}); check the folder, or prepare the data set again"
+      ) from error
 
   @functools.cached_property
   def _images(self):

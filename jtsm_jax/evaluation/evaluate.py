@@ -44,7 +44,8 @@ def evaluate(
   Returns:
     {"task": its name}, the result of `PanopticQuality` and {"semantic":
     `SemanticIoU`, "coco": `InstanceAP`, "voc": `VocInstanceAP` or
-    `VocDetection`}, what the task has of them.
+    `VocDetection`}, what the task has of them; and {"localisation": `CorLoc`},
+    which tells, of the images that have a thing, how many have it mined.
 
   Raises:
     InputError: an image of the split has no ground truth for the task.
@@ -64,6 +65,7 @@ def evaluate(
     if of_masks
     else VocDetection(categories, metric=voc_metric)
   )
+  corloc = CorLoc(categories)
   for prediction in predictions:
     image_id = source.image_ids[prediction.index]
     if task == "panoptic":
@@ -77,8 +79,14 @@ def evaluate(
       raise _no_truth(image_id, "masks" if of_masks else "boxes")
     coco.add(image_id, prediction.detections, instances)
     voc.add(image_id, prediction.detections, instances)
+    corloc.add(image_id, prediction.detections, instances)
     on_prediction(prediction)
-  result = {"task": task, "coco": coco.result(), "voc": voc.result()}
+  result = {
+    "task": task,
+    "coco": coco.result(),
+    "voc": voc.result(),
+    "localisation": corloc.result(),
+  }
   if task == "panoptic":
     result |= quality.result() | {"semantic": semantic.result()}
   return result

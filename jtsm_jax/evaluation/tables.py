@@ -58,18 +58,21 @@ def final_table(
 
 def main_measures(result: dict[str, Any]) -> dict[str, float]:
   """What is worth a curve over a training; the first decides the best one."""
+  voc, coco = result["voc"], result["coco"]
+  shared = {"corloc": result["localisation"]["corloc"]}
   if result["task"] == "panoptic":
     return {
       "pq": result["all"]["pq"],
       "pq_things": result["things"]["pq"],
       "pq_stuff": result["stuff"]["pq"],
       "miou": result["semantic"]["miou"],
-      "map50": result["voc"]["map50"],
+      "map50": voc["map50"],
+      **shared,
     }
   if result["task"] == "instance":
-    voc, coco = result["voc"], result["coco"]
-    return {"map50": voc["map50"], "map75": voc["map75"], "ap": coco["ap"]}
-  return {"map": result["voc"]["map"], "ap": result["coco"]["ap"]}
+    measures = {"map50": voc["map50"], "map75": voc["map75"], "ap": coco["ap"]}
+    return measures | shared
+  return {"map": voc["map"], "ap": coco["ap"], **shared}
 
 
 def _known(numbers: list[float], count: int) -> list[float | int | None]:

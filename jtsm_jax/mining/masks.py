@@ -150,7 +150,8 @@ class MaskReestimator:
         least recently used ones go first.
       cache_dir: also keep every mask as a small PNG below this folder. Masks
         are filed under (settings, image id, proposal), so the folder must
-        belong to one proposal store. It is safe to delete.
+        belong to one proposal store. It is safe to delete, and where it cannot
+        be written, masks are made without it.
     """
     self.hits = 0
     self.misses = 0
@@ -162,6 +163,7 @@ class MaskReestimator:
     self._folder = cache_dir and (
       Path(cache_dir) / f"{init}-{iterations}-{longest_side}"
     )
+    self._warned = threading.Event()  # that the folder cannot be written
     self._memory_bytes = memory_bytes
     self._used_bytes = 0
     self._masks = collections.OrderedDict()  # key -> (packed bits, shape)
@@ -234,13 +236,28 @@ class MaskReestimator:
         self.misses += 1
       mask = reestimate_mask(*load(), **self._settings)
       if path:
-        _write_mask(path, mask)
+        self._write(path, mask)
     else:
       with self._lock:
         self.hits += 1
     self._remember(key, mask)
     mask.setflags(write=False)  # it may be handed to several callers
     return mask
+
+  def _write(self, path: Path, mask: np.ndarray) -> None:
+    try:
+      _write_mask(path, mask)
+    except OSError as error:
+      with self._lock:
+        if self._warned.is_set():
+          return
+        self._warned.set()
+      logging.warning(
+        "masks cannot be kept in %s (%s): they are made again where a run needs"
+        " them again",
+        self._folder,
+        error.strerror,
+      )
 
   def _remember(self, key: tuple[str, int], mask: np.ndarray) -> None:
     bits = np.packbits(mask)
@@ -270,7 +287,7 @@ def _read_mask(path: Path) -> np.ndarray | None:
   """Reads a cached mask; None where there is none, or none that is whole."""
   try:
     data = np.frombuffer(path.read_bytes(), np.uint8)
-  except FileNotFoundError:
+  except OSError:  # mostly because there is none
     return None
   image = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if data.size else None
   if image is None:

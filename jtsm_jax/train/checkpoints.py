@@ -7,9 +7,12 @@ step is all that a resumed run needs to go on with both of them.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,17 +27,32 @@ from jtsm_jax.train.state import TrainState
 from jtsm_jax.types import InputError
 
 
+@contextlib.contextmanager
 def open_checkpoints(
   directory: pathlib.Path, *, keep_last: int = 2
-) -> ocp.CheckpointManager:
-  """The checkpoints in a folder, of which the last ones are kept."""
-  return ocp.CheckpointManager(
-    directory.absolute(),
-    options=ocp.CheckpointManagerOptions(
-      preservation_policy=policies.LatestN(keep_last),
-      cleanup_tmp_directories=True,
-    ),
-  )
+) -> Iterator[ocp.CheckpointManager]:
+  """The checkpoints in a folder, of which the last ones are kept.
+
+  Only the run itself opens them so: what another one is just saving there
+  would be taken for the rest of a killed run, and removed.
+
+  Raises:
+    InputError: the disk fails; also on leaving, for a save in the background.
+  """
+  logging.get_absl_logger().addFilter(_is_not_raised_too)
+  with _disk_faults(directory):
+    manager = ocp.CheckpointManager(
+      directory.absolute(),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.LatestN(keep_last),
+        cleanup_tmp_directories=True,
+      ),
+    )
+  try:
+    yield manager
+  finally:
+    with _disk_faults(directory):
+      manager.close()
 
 
 def save(
@@ -45,7 +63,7 @@ def save(
   config: Mapping[str, Any],
   score: float | None = None,
 ) -> None:
-  """Saves in the background; the write is atomic.
+  """Saves in the background; the write is atomic. See `check_saved`.
 
   Args:
     manager: from `open_checkpoints`.
@@ -53,6 +71,9 @@ def save(
     in_flight: mined segments whose masks have not been learnt from yet.
     config: the settings of the run, for JSON.
     score: of this state, where it was evaluated; see `best_score`.
+
+  Raises:
+    InputError: the disk fails, now or with the checkpoint before.
   """
   items = {
     "state": ocp.args.StandardSave(state),
@@ -61,7 +82,28 @@ def save(
   }
   if score is not None:
     items["score"] = ocp.args.JsonSave({"score": score})
-  manager.save(int(state.step), args=ocp.args.Composite(**items), force=True)
+  with _disk_faults(manager.directory):
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves((state, in_flight)))
+    free = shutil.disk_usage(manager.directory).free
+    if free < size:  # before anything is begun
+      reason = f"it takes {size} bytes, and {free} are free"
+      raise OSError(errno.ENOSPC, reason)
+    manager.save(int(state.step), args=ocp.args.Composite(**items), force=True)
+
+
+def check_saved(manager: ocp.CheckpointManager, *, wait: bool = False) -> None:
+  """Tells a failure of the last save, as soon as it is known.
+
+  Args:
+    manager: from `open_checkpoints`.
+    wait: until the checkpoint is complete.
+
+  Raises:
+    InputError: the disk fails; the checkpoints before are whole.
+  """
+  if wait or not manager.is_saving_in_progress():
+    with _disk_faults(manager.directory):
+      manager.wait_until_finished()
 
 
 def best_score(manager: ocp.CheckpointManager) -> float:
@@ -106,7 +148,7 @@ def restore_latest(
       misfits = _misfits(_saved_leaves(path), _leaves(state))
       restored = None if misfits else manager.restore(step, args=args)
     except Exception as error:  # Orbax raises many kinds for damaged files.
-      _warn_damaged(manager, step, error)
+      _warn_damaged(manager.directory / str(step), error)
       continue
     if misfits:
       raise InputError(
@@ -144,20 +186,20 @@ def restore_variables(
   if not directory.is_dir():
     raise InputError(f"{directory}: there are no checkpoints; {remedy}")
   params = "ema" if averaged else "params"
-  with open_checkpoints(directory) as manager:
-    for step in sorted(manager.all_steps(), reverse=True):
-      try:
-        path = manager.directory / str(step)
-        state = _restore_arrays(path, (params, "model_state"))
-      except Exception as error:  # Orbax raises many kinds for damaged files.
-        _warn_damaged(manager, step, error)
-        continue
-      if params not in state:
-        raise InputError(
-          f"{path}: there is no average of the weights yet; it begins with the "
-          "mining"
-        )
-      return step, {"params": state[params], **state.get("model_state", {})}
+  # No manager: the run may be saving another one at this moment.
+  for step in sorted(_steps_in(directory), reverse=True):
+    path = directory.absolute() / str(step)
+    try:
+      state = _restore_arrays(path, (params, "model_state"))
+    except Exception as error:  # Orbax raises many kinds for damaged files.
+      _warn_damaged(path, error)
+      continue
+    if params not in state:
+      raise InputError(
+        f"{path}: there is no average of the weights yet; it begins with the "
+        "mining"
+      )
+    return step, {"params": state[params], **state.get("model_state", {})}
   raise InputError(f"{directory}: no checkpoint can be read; {remedy}")
 
 
@@ -179,7 +221,7 @@ def weights_from(
       are missing or of other shapes; the message names every one of them.
   """
   directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-  steps = [int(p.name) for p in directory.glob("[0-9]*") if p.name.isdigit()]
+  steps = _steps_in(directory)
   if steps and not (directory / "state").is_dir():
     directory = directory / str(max(steps))
   if not (directory / "state").is_dir():
@@ -277,11 +319,39 @@ def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
   manager.reload()
 
 
-def _warn_damaged(manager, step, error) -> None:
+def _steps_in(directory: pathlib.Path) -> list[int]:
+  """Of the complete checkpoints: the others have longer names."""
+  return [int(p.name) for p in directory.glob("[0-9]*") if p.name.isdigit()]
+
+
+@contextlib.contextmanager
+def _disk_faults(directory: Any) -> Iterator[None]:
+  """Says in one message what TensorStore and the system say in pages."""
+  try:
+    yield
+  except Exception as error:
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if not isinstance(error, OSError) and not code:
+      raise
+    reason = os.strerror(int(code[1])) if code else error.strerror
+    whole = sorted(_steps_in(pathlib.Path(directory)))
+    raise InputError(
+      f"{directory}: a checkpoint cannot be written ({reason}). Those of the "
+      f"steps {whole} are whole. Free some space, or see to the disk, and give "
+      "the same command: it goes on from the last one"
+    ) from error
+
+
+def _is_not_raised_too(record: Any) -> bool:
+  """False for the tracebacks that Orbax logs beside raising the error."""
+  return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _warn_damaged(path: Any, error: Exception) -> None:
   logging.warning(
-    "checkpoint %d in %s is damaged (%s: %s); taking the one before",
-    step,
-    manager.directory,
+    "checkpoint %s in %s is damaged (%s: %s); taking the one before",
+    path.name,
+    path.parent,
     type(error).__name__,
     str(error).strip().split("\n")[0][:200],
   )

@@ -6,8 +6,11 @@ training step starts at the pooling, and an epoch on a CPU costs seconds.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,7 +22,7 @@ from jtsm_jax.data.pipeline import images_on_canvas
 from jtsm_jax.data.prepared import RecordSource
 from jtsm_jax.data.sampling import BatchPlan
 from jtsm_jax.models.jtsm import JTSM
-from jtsm_jax.types import Batch
+from jtsm_jax.types import Batch, InputError
 
 DTYPE = np.dtype(np.float16)
 
@@ -30,7 +33,9 @@ class FeatureCache:
   Images are read only where their features are missing: batches need none.
   Safe to delete at any time between runs. The folder's name carries the hash of
   what the features depend on, so that other weights never meet these files. A
-  file that was interrupted holds whole rows only where its marks say so.
+  file that was interrupted holds whole rows only where its marks say so; they
+  reach the disk after the rows. All of its room is taken when it is opened:
+  writing to a memory map on a full disk would kill the process.
   """
 
   def __init__(
@@ -50,6 +55,9 @@ class FeatureCache:
       variables: what `model.apply` takes.
       source: the split; rows of the files are its images.
       split: its name.
+
+    Raises:
+      InputError: `root` cannot be written; also in `attach`, for its files.
     """
     # A copy: the training step gives the memory of its state back.
     used = {
@@ -61,7 +69,8 @@ class FeatureCache:
     dtype = jnp.dtype(model.extractor.dtype)
     precision = "" if dtype == jnp.float32 else f"-{dtype}"
     self._folder = root / f"{weights[:16]}-{source.fingerprint}{precision}"
-    self._folder.mkdir(parents=True, exist_ok=True)
+    with _disk_faults(self._folder):
+      self._folder.mkdir(parents=True, exist_ok=True)
     self._split = split
     self._source = source
     self._files: dict[str, tuple[np.memmap, np.memmap]] = {}
@@ -87,13 +96,16 @@ class FeatureCache:
       shape = jax.eval_shape(self._extract, image).shape[1:]
       self._files[name] = self._open(name, shape)
     maps, marks = self._files[name]
-    for i in np.flatnonzero(real & (marks[rows] == 0)):
+    missing = np.flatnonzero(real & (marks[rows] == 0))
+    for i in missing:
       plan = BatchPlan(
         canvas, batch.image_index[[i]], batch.flip[[i]], batch.window[[i]]
       )
       image = images_on_canvas(plan, self._source)
       maps[rows[i]] = np.asarray(self._extract(image)[0])
-      marks[rows[i]] = 1
+    if len(missing):
+      maps.flush()  # a mark must not outlive a crash that its row does not
+      marks[rows[missing]] = 1
     # Read back what was written: the first epoch sees what later ones see.
     features = np.where(real[:, None, None, None], maps[rows], DTYPE.type(0))
     return batch.replace(images=None, features=features)
@@ -110,10 +122,43 @@ class FeatureCache:
       and path.stat().st_size == int(np.prod(shape)) * dtype.itemsize
       for path, dtype, shape in files
     )
-    return tuple(
-      np.memmap(path, dtype, "r+" if whole else "w+", shape=shape)
-      for path, dtype, shape in files
-    )
+    with _disk_faults(self._folder):
+      try:
+        for path, dtype, shape in files:
+          _take_room(path, int(np.prod(shape)) * dtype.itemsize, keep=whole)
+      except OSError:
+        for path, *_ in files if not whole else ():
+          path.unlink(missing_ok=True)
+        raise
+      return tuple(
+        np.memmap(path, dtype, "r+", shape=shape)
+        for path, dtype, shape in files
+      )
+
+
+def _take_room(path: pathlib.Path, size: int, *, keep: bool) -> None:
+  """Makes a file of zeros, or keeps it, with all of its blocks on the disk."""
+  with path.open("r+b" if keep else "wb") as file:
+    file.truncate(size)
+    try:
+      os.posix_fallocate(file.fileno(), 0, size)
+    except AttributeError:
+      pass  # macOS
+    except OSError as error:
+      if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+        raise
+
+
+@contextlib.contextmanager
+def _disk_faults(folder: pathlib.Path) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    raise InputError(
+      f"{folder}: features cannot be kept ({error.strerror}). Free some space, "
+      "or choose another folder with --config.backbone.cache_dir; a new run "
+      "can do without (--config.backbone.cache=False)"
+    ) from error
 
 
 def cache_bytes(

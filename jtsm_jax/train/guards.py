@@ -21,12 +21,12 @@ def check_finite(
   source: RecordSource,
   workdir: pathlib.Path,
 ) -> None:
-  """Stops a run whose losses or gradients are no numbers any more.
+  """Stops a run whose losses, gradients or parameters are no numbers any more.
 
   The batches of the step are written down for a closer look.
 
   Args:
-    metrics: of the step; "loss/..." and "gradient/norm" must be finite.
+    metrics: of the step; "loss/..." and ".../norm" must be finite.
     step: that they belong to.
     batches: host batches that the step has learnt from, by what it learnt.
     source: the split, for the images' ids.
@@ -39,7 +39,7 @@ def check_finite(
   watched = {
     name: value
     for name, value in values.items()
-    if name.startswith("loss/") or name == "gradient/norm"
+    if name.startswith("loss/") or name.endswith("/norm")
   }
   bad = [name for name, value in watched.items() if not math.isfinite(value)]
   if not bad:
@@ -68,6 +68,8 @@ def check_finite(
   raise FloatingPointError(
     f"step {step} gave no finite {', '.join(bad)}: {watched}; its images were "
     f"{ids}. Its update was left out, and the checkpoint before it is whole. "
-    f"The batch is in {path}. Try a lower --config.train.learning_rate, or a "
-    "--config.train.rise"
+    f"The batch is in {path}. The same command tries again from that "
+    "checkpoint; a lower --config.train.learning_rate, or a "
+    f"--config.train.rise, needs another --workdir, with --init_from={workdir} "
+    "to keep what was learnt"
   )

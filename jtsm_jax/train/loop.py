@@ -25,6 +25,7 @@ from jtsm_jax.train import step as step_parts
 from jtsm_jax.train.cost import matmul_flops, peak_flops
 from jtsm_jax.train.feature_cache import FeatureCache
 from jtsm_jax.train.guards import check_finite
+from jtsm_jax.train.memory import check_memory
 from jtsm_jax.train.meter import Meter, summary
 from jtsm_jax.train.metrics import MetricWriter
 from jtsm_jax.train.reestimation import InFlight
@@ -79,11 +80,15 @@ def train(
   lag = config.reestimation.lag
   settings = config.to_dict()
   writes = jax.process_index() == 0
-  manager = checkpoints.open_checkpoints(workdir / "checkpoints")
-  best = checkpoints.open_checkpoints(workdir / "best", keep_last=1)
-  reestimator = build.open_reestimator(config, workdir, source, store)
-  writer = MetricWriter(workdir, active=writes)
-  with manager, best, reestimator, writer, contextlib.ExitStack() as stack:
+  with (
+    checkpoints.open_checkpoints(
+      workdir / "checkpoints", keep_last=config.train.keep_checkpoints
+    ) as manager,
+    checkpoints.open_checkpoints(workdir / "best", keep_last=1) as best,
+    build.open_reestimator(config, workdir, source, store) as reestimator,
+    MetricWriter(workdir, active=writes) as writer,
+    contextlib.ExitStack() as stack,
+  ):
     # State: a new one, or the newest checkpoint of the workdir.
     restored = checkpoints.restore_latest(
       manager, functools.partial(setup.checkpoint_template, run)
@@ -97,6 +102,8 @@ def train(
     if first_step:
       say(f"train: going on from step {first_step} of {run.last_step}")
 
+    check_memory(run, first_step)
+
     # The jitted parts of a step.
     tag_step = make_tag_step(
       run.key, model, run.warm_up_optimizer, shardings=setup.shardings(run, 0)
@@ -108,6 +115,7 @@ def train(
       mining=run.mining,
       losses=run.losses,
       accumulation=config.train.accumulation,
+      proposal_block=config.train.proposal_block,
     )
     branch_gradients = step_parts.make_branch_gradients(
       run.key,
@@ -192,13 +200,14 @@ def train(
       score = float(broadcast_one_to_all(np.float32(score)))
       if score > checkpoints.best_score(best):
         save(best, score=score)
-        best.wait_until_finished()
+        checkpoints.check_saved(best, wait=True)
       if writes:
         writer.write(step, values)
         writer.write_images(step, pictures)
 
     # Input, and what the run before has mined without learning from it.
-    cache = open_cache() if first_step >= run.warm_up_steps else None
+    mines = first_step > run.warm_up_steps or not run.warm_up_steps
+    cache = open_cache() if mines else None
     in_flight = collections.deque()
     for age, mined in zip(range(len(waiting), 0, -1), waiting, strict=True):
       batches = setup.batches_from(
@@ -228,27 +237,36 @@ def train(
     is_known = np.bool_(writer.has("val/", step=first_step))
     evaluated = first_step if broadcast_one_to_all(is_known) else None
 
+    # The trace, which is written whenever the run ends within its steps.
+    trace = stack.enter_context(contextlib.ExitStack())
+    first_traced, last_traced = profile or (0, 0)
+    first_traced = max(first_traced, first_step)
+    last_traced = min(last_traced, run.last_step)
+    if profile and first_traced >= last_traced:
+      say(f"profile    none: the steps are {first_step} to {run.last_step}")
+
     # The steps.
     stopping.defer()
     check = None
     for step in range(first_step, run.last_step):
+      if step == run.warm_up_steps > 0:
+        with stopping.at_once(), meter.paused():
+          state = setup.begin(run, to_host(state.variables), step)
+          cache = open_cache()
+          batches = setup.batches_from(run, step, load_images=cache is None)
       if is_evaluated(step) and step != evaluated:
         with stopping.at_once(), meter.paused():
           evaluate_state(step)
       if step == run.branch_start > 0 and run.learns_branches(step):
         say(f"train: from step {step} on the branches learn; steps take longer")
-      if profile and step == max(profile[0], first_step):
-        jax.profiler.start_trace(workdir / "profile")
+      if step == first_traced < last_traced:
+        trace.enter_context(jax.profiler.trace(workdir / "profile"))
 
       with meter.waiting("input"):
         batch = next(batches)
       learnt = {"batch": batch}
       if step < run.warm_up_steps:
         state, metrics = call(tag_step, state, put_batch(batch, mesh))
-        if step + 1 == run.warm_up_steps:
-          state = setup.begin(run, to_host(state.variables), step + 1)
-          cache = open_cache()
-          batches = setup.batches_from(run, step + 1, load_images=cache is None)
       else:
         item = InFlight(*on_devices(batch))
         grads, item.mined, metrics = call(
@@ -293,10 +311,14 @@ def train(
       meter.count(images=len(batch.image_index) * jax.process_count())
       meter.add(metrics)
       bar.update()
-      if profile and done == min(profile[1], run.last_step):
+      if first_traced < last_traced == done:
         jax.block_until_ready(state)
-        jax.profiler.stop_trace()
-        say(f"profile    {workdir / 'profile'}")
+        trace.close()
+        say(
+          f"profile    {workdir}/profile/plugins/profile/*/*.trace.json.gz: "
+          "open it at https://ui.perfetto.dev, or the folder with tensorboard "
+          "and its plugin xprof"
+        )
       if done % config.train.log_every == 0 or done == run.last_step:
         check()
         values = meter.read(peak_flops=peak)
@@ -320,11 +342,11 @@ def train(
       if (
         done % config.train.checkpoint_every == 0
         or is_evaluated(done)
-        or done == run.last_step
+        or done in (run.warm_up_steps, run.last_step)
         or signal
       ):
         check()
         save(manager)
+      checkpoints.check_saved(manager, wait=bool(signal))
       if signal:
-        manager.wait_until_finished()
         raise Stopped(signal)

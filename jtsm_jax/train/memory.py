@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from typing import Any
@@ -13,8 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jtsm_jax.console import say
-from jtsm_jax.train import build, feature_cache, setup, step
-from jtsm_jax.train.cost import peak_bytes
+from jtsm_jax.train import build, cost, feature_cache, setup, step
 from jtsm_jax.train.setup import Setup
 from jtsm_jax.train.warm_up import make_tag_step
 from jtsm_jax.types import Batch, InputError, PseudoMasks
@@ -81,16 +81,21 @@ def estimate_warm_up(run: Setup) -> Estimate:
   batch = _largest_batch(run, run.config.warm_up.batch_size)
   tag_step = make_tag_step(run.key, run.model, run.warm_up_optimizer)
   # The new state takes the place of the old one.
-  peak = peak_bytes(tag_step, state, batch) - _bytes(state)
+  peak = cost.peak_bytes(tag_step, state, batch) - _bytes(state)
   return Estimate(_local_bytes(state, shardings), _bytes(batch), max(peak, 0))
 
 
-def estimate_mining(run: Setup) -> Estimate:
+def estimate_mining(run: Setup, *, platform: str | None = None) -> Estimate:
   """What a step of mining and branches takes, on its largest canvas.
 
   A device computes its share of the images with layers as large as without
   other devices: that the axis "model" divides activations is left out.
+
+  Args:
+    run: the run.
+    platform: of the devices, see `cost.peak_bytes`; the one that there is.
   """
+  peak_bytes = functools.partial(cost.peak_bytes, platform=platform)
   c, model = run.config.train, run.model
   state = setup.shapes(run, run.warm_up_steps)
   shardings = setup.shardings(run, run.warm_up_steps)

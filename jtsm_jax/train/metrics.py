@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tensorboardX
-from tensorboardX.summary import hparams
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jtsm_jax.types import InputError
 
@@ -24,6 +26,9 @@ class MetricWriter:
   value, ...}, on disk before the call returns. A value that is not finite
   becomes null, since JSON has no NaN. One process of a run writes: the others
   pass `active=False`, and all their calls do nothing.
+
+  Events are written by the caller's thread: that of tensorboardX dies on a full
+  disk, and the run would wait for it for ever.
   """
 
   def __init__(self, directory: str | os.PathLike[str], *, active: bool = True):
@@ -59,6 +64,7 @@ class MetricWriter:
 
     Raises:
       ValueError: a name is taken, or a value is no single number.
+      InputError: the disk is full, or fails otherwise.
     """
     if not self._active:
       return
@@ -70,10 +76,13 @@ class MetricWriter:
       name: number if math.isfinite(number) else None
       for name, number in numbers.items()
     }
-    self._file.write(json.dumps(line, allow_nan=False) + "\n")
-    self._file.flush()
-    for name, number in numbers.items():
-      self._tensorboard().add_scalar(name, number, int(step))
+    with self._disk_faults():
+      self._file.write(json.dumps(line, allow_nan=False) + "\n")
+      self._file.flush()
+    self._show(
+      *(summary.scalar(name, number) for name, number in numbers.items()),
+      step=step,
+    )
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     """Shows pictures in TensorBoard.
@@ -84,8 +93,13 @@ class MetricWriter:
     """
     if not self._active:
       return
-    for name, image in images.items():
-      self._tensorboard().add_image(name, image, int(step), dataformats="HWC")
+    self._show(
+      *(
+        summary.image(name, image, dataformats="HWC")
+        for name, image in images.items()
+      ),
+      step=step,
+    )
 
   def describe(
     self, settings: Mapping[str, Any], *, measures: Sequence[str]
@@ -98,16 +112,17 @@ class MetricWriter:
     """
     if not self._active:
       return
-    events = self._tensorboard()
     rows = [f"| {name} | `{value!r}` |" for name, value in settings.items()]
     table = "\n".join(["| field | value |", "| --- | --- |", *rows])
-    events.add_text("config", table, 0)
     plain = {
       name: value if isinstance(value, int | float | str) else repr(value)
       for name, value in settings.items()
     }
-    for part in hparams(plain, dict.fromkeys(measures, 0.0)):
-      events.file_writer.add_summary(part)
+    self._show(
+      summary.text("config", table),
+      *summary.hparams(plain, dict.fromkeys(measures, 0.0)),
+      step=0,
+    )
 
   def truncate_after(self, step: int) -> None:
     """Drops what was written for steps later than `step`.
@@ -136,8 +151,9 @@ class MetricWriter:
         kept.append(line)
     if len(kept) < len(lines):
       draft = self._path.with_suffix(".tmp")
-      draft.write_text("".join(kept), encoding="utf-8")
-      os.replace(draft, self._path)
+      with self._disk_faults():
+        draft.write_text("".join(kept), encoding="utf-8")
+        os.replace(draft, self._path)
     self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
     # A new event file that starts so hides the later steps of the older ones.
     if self._events is not None:
@@ -162,20 +178,40 @@ class MetricWriter:
     self.close()
 
   def close(self) -> None:
-    """Writes out what TensorBoard still holds and closes the files."""
+    """Closes the files."""
     if not self._active:
       return
-    self._file.close()
-    if self._events is not None:
-      self._events.close()
+    for file in (self._file, self._events):
+      with contextlib.suppress(OSError):  # all lines are on disk, or it is told
+        if file is not None:
+          file.close()
 
-  def _tensorboard(self) -> tensorboardX.SummaryWriter:
-    # Opened late, so that an event file can start with the purge.
-    if self._events is None:
-      self._events = tensorboardX.SummaryWriter(
-        str(self._directory), purge_step=self._purge_step, flush_secs=30
-      )
-    return self._events
+  def _show(self, *parts: Any, step: int) -> None:
+    """Writes events, whose values are on disk before it returns."""
+    with self._disk_faults():
+      # Opened late, so that an event file can start with the purge.
+      if self._events is None:
+        self._events = EventsWriter(str(self._directory / "events"))
+        if self._purge_step is not None:
+          start = SessionLog(status=SessionLog.START)
+          self._write_event(session_log=start, step=self._purge_step)
+      for part in parts:
+        self._write_event(summary=part, step=int(step))
+      self._events.flush()
+
+  def _write_event(self, **content: Any) -> None:
+    self._events.write_event(Event(wall_time=time.time(), **content))
+
+  @contextlib.contextmanager
+  def _disk_faults(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      raise InputError(
+        f"{self._path}: metrics cannot be written ({error.strerror}). Free some"
+        " space, or see to the disk, and give the same command: it goes on from"
+        " the newest checkpoint"
+      ) from error
 
 
 def _number(name: str, value: Any) -> float:

@@ -243,12 +243,14 @@ def checkpoint_template(
   setup: Setup, step: int
 ) -> tuple[TrainState, list[Mined]]:
   """What the checkpoint before `step` holds: state, segments in flight."""
+  # The last one of the warm-up is as that has left it, see `begin`.
+  phase = step - 1 if step == setup.warm_up_steps > 0 else step
   state = jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=sharding
     ),
-    shapes(setup, step),
-    shardings(setup, step),
+    shapes(setup, phase),
+    shardings(setup, phase),
   )
   flying = 0
   if setup.learns_branches(step):

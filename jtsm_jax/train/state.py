@@ -46,7 +46,7 @@ class TrainState:
 
 
 def keep_if_finite(
-  norm: jax.Array,
+  norms: tuple[jax.Array, ...],
   after: TrainState,
   before: TrainState,
   *,
@@ -55,12 +55,13 @@ def keep_if_finite(
   """The state after a step, or the one before it, the last good one.
 
   Args:
-    norm: of the step's gradients; inf or NaN keeps `before`.
+    norms: of the step's gradients, of its parameters; inf or NaN keeps
+      `before`.
     after: the state with the step's update.
     before: the state without.
     shardings: where the result is to lie; where XLA wants, without.
   """
-  finite = jnp.isfinite(norm)
+  finite = jnp.isfinite(jnp.stack(norms)).all()
   state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, before)
   if shardings is not None:
     state = jax.lax.with_sharding_constraint(state, shardings)

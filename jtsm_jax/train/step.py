@@ -158,8 +158,8 @@ def make_apply_gradients(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
   """The jitted last part of a step; the old state's memory is given back.
 
-  Gradients that are not finite leave the state as it is, the step included, and
-  show in the metric "gradient/norm".
+  Gradients or parameters that are not finite leave the state as it is, the step
+  included, and show in the metrics "gradient/norm" and "params/norm".
 
   Args:
     optimizer: of the phase.
@@ -185,7 +185,8 @@ def make_apply_gradients(
     after = state.replace(
       step=state.step + 1, params=params, opt_state=opt_state, ema=ema
     )
-    after = keep_if_finite(norm, after, state, shardings=shardings)
-    return after, {"gradient/norm": norm}
+    metrics = {"gradient/norm": norm, "params/norm": optax.tree.norm(params)}
+    norms = tuple(metrics.values())
+    return keep_if_finite(norms, after, state, shardings=shardings), metrics
 
   return apply_gradients

@@ -65,14 +65,16 @@ def make_tag_step(
 
     grads, (updated, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics["gradient/norm"] = norm = optax.tree.norm(grads)
+    params = optax.apply_updates(state.params, updates)
+    norms = optax.tree.norm(grads), optax.tree.norm(params)
+    metrics["gradient/norm"], metrics["params/norm"] = norms
     after = state.replace(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=params,
       model_state=state.model_state | updated,
       opt_state=opt_state,
     )
-    return keep_if_finite(norm, after, state, shardings=shardings), metrics
+    return keep_if_finite(norms, after, state, shardings=shardings), metrics
 
   return tag_step
 

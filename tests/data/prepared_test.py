@@ -154,6 +154,24 @@ def test_training_works_without_the_masks_and_a_target_says_so(directory):
     data.splits["val"].target(0)
 
 
+def test_damaged_records_are_named_and_removed_ones_can_be_read(directory):
+  before = prepared.open_prepared(directory).splits["train"]
+  assert before[0].image == TRAIN[0].image
+  [file] = (directory / "images").glob("data-train*")
+  content = file.read_bytes()
+  middle = len(content) // 2
+  file.unlink()
+  assert before[3].image == TRAIN[3].image  # the file is still open
+  file.write_bytes(content[:middle] + bytes(100) + content[middle + 100 :])
+  after = prepared.open_prepared(directory).splits["train"]
+  with pytest.raises(InputError, match=r"images: record \d+ of 'train' cannot"):
+    [after[i] for i in range(len(after))]
+  shutil.rmtree(directory / "images")
+  gone = prepared.open_prepared(directory).splits["train"]
+  with pytest.raises(InputError, match="images: cannot be opened"):
+    gone[0]
+
+
 def test_faults_when_opening(directory, tmp_path):
   assert not prepared.is_prepared(tmp_path)
   with pytest.raises(InputError, match=r"prepared\.json is missing"):

@@ -100,9 +100,18 @@ def test_panoptic_by_hand():
   # The dog counts at 0.5, 0.55, ... 0.8: 7 of 10.
   assert result["coco"]["ap"] == pytest.approx(100 * (1 + 0.7) / 2, abs=0.01)
   assert main_measures(result)["pq"] == result["all"]["pq"]
+  assert main_measures(result)["corloc"] == 100  # both boxes are right
   table = final_table(result)
   assert "mIoU" in table
   assert "AP@50 100.0" in table
+
+
+def test_what_is_mined_in_the_wrong_place():
+  # The dog is where the cow was found, and the cow where the dog was.
+  ids = np.where(IDS == 2, 1, np.where(IDS == 1, 2, IDS)).astype(np.int32)
+  swapped = PanopticMap(ids, TRUTH.segments)
+  result = run(Truth(swapped), "panoptic")
+  assert result["localisation"]["corloc"] == 0
 
 
 def test_instances_come_from_the_map_or_from_their_own_file():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import errno
+import os
+import tempfile
 import threading
 
 import cv2
@@ -314,6 +317,38 @@ def test_damaged_file_is_computed_again(tmp_path, caplog):
   assert "7.png is damaged" in caplog.text
   np.testing.assert_array_equal(found, expected)
   assert path.stat().st_size > 0
+
+
+def test_a_folder_that_cannot_be_written_is_told_once(tmp_path, caplog):
+  # As a full disk: no folder can be made where a file is.
+  (tmp_path / "full").write_text("")
+  image, disc = _scene()
+  load = lambda: (image, _cross(disc))  # noqa: E731
+  with MaskReestimator(longest_side=80, workers=2) as without:
+    expected = without.submit("a", 7, load).result()
+  cache = tmp_path / "full" / "masks"
+  with MaskReestimator(longest_side=80, workers=2, cache_dir=cache) as full:
+    futures = [full.submit(name, 7, load) for name in "abcd"]
+    for future in futures:
+      np.testing.assert_array_equal(future.result(), expected)
+    assert full.submit("a", 7, load).done()  # still kept in memory
+  assert caplog.text.count("masks cannot be kept in") == 1
+
+
+def test_a_disk_that_fills_up_loses_no_mask(tmp_path, caplog, monkeypatch):
+  def full(*args, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  image, disc = _scene()
+  load = lambda: (image, _cross(disc))  # noqa: E731
+  with MaskReestimator(longest_side=80, cache_dir=tmp_path) as reestimator:
+    expected = reestimator.submit("a", 7, load).result()
+    monkeypatch.setattr(tempfile, "mkstemp", full)
+    for name in "bc":
+      found = reestimator.submit(name, 7, load).result()
+      np.testing.assert_array_equal(found, expected)
+  assert caplog.text.count("(No space left on device)") == 1
+  assert [p.name for p in tmp_path.rglob("*.*")] == ["7.png"]
 
 
 def test_failure_reaches_the_caller_and_is_not_remembered():

@@ -1,6 +1,10 @@
 """Checkpoints: exact, and robust against damaged files."""
 
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -221,3 +225,63 @@ def test_weights_that_do_not_fit(tmp_path):
   _assert_equal(found["params"], mine["params"])
   with pytest.raises(InputError, match="there is no checkpoint"):
     checkpoints.weights_from(tmp_path / "nowhere", mine, skip=())
+
+
+FULL = """
+import pathlib, resource, sys
+from jtsm_jax.train import checkpoints
+from jtsm_jax.types import InputError
+from tests.train.checkpoints_test import _save, _state
+
+try:
+  with checkpoints.open_checkpoints(pathlib.Path(sys.argv[1])) as manager:
+    _save(manager, 1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (90, 90))  # no file is longer
+    if sys.argv[2] == "wait":
+      _save(manager, 2)
+    checkpoints.save(manager, _state(2), [], config={})  # in the background
+    while sys.argv[2] == "check":  # as after each step
+      checkpoints.check_saved(manager)
+except InputError as error:
+  print(error)
+"""
+
+
+@pytest.mark.parametrize("how", ["wait", "check", "leave"])
+def test_a_disk_that_fills_up_is_told_in_one_message(tmp_path, how):
+  ended = subprocess.run(
+    [sys.executable, "-c", FULL, str(tmp_path), how],
+    capture_output=True,
+    text=True,
+    cwd=pathlib.Path(__file__).parents[2],
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    timeout=300,
+  )
+  assert ended.returncode == 0, ended.stderr
+  [line] = ended.stdout.splitlines()
+  assert f"{tmp_path}: a checkpoint cannot be written" in line
+  assert "File too large). Those of the steps [1] are whole. Free" in line
+  assert "orbax" not in ended.stderr
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    state, _ = checkpoints.restore_latest(manager, _template())
+  _assert_equal(state, _state(1))
+  assert [p.name for p in tmp_path.iterdir()] == ["1"]  # room again
+
+
+def test_what_does_not_fit_is_not_begun(tmp_path, monkeypatch):
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    _save(manager, 1)
+    nearly_full = shutil.disk_usage(tmp_path)._replace(free=50)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: nearly_full)
+    with pytest.raises(InputError, match=r"takes \d+ bytes, and 50 are free"):
+      _save(manager, 2)
+  assert [p.name for p in tmp_path.iterdir()] == ["1"]
+
+
+def test_reading_does_not_disturb_a_run_that_is_saving(tmp_path):
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    _save(manager, 1)
+  unfinished = tmp_path / "2.orbax-checkpoint-tmp"
+  unfinished.mkdir()
+  assert checkpoints.restore_variables(tmp_path)[0] == 1
+  assert unfinished.is_dir()

@@ -1,5 +1,10 @@
 """The cache on disk; the images that are read tell whether it is asked."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import cv2
 import jax.numpy as jnp
 import numpy as np
@@ -172,3 +177,47 @@ def test_bfloat16_has_a_folder_of_its_own_and_loses_nothing(tmp_path):
   other = _open(tmp_path, source).attach(BLIND).features
   np.testing.assert_allclose(found.features, other, rtol=0.05, atol=0.05)
   assert not np.array_equal(found.features, other)
+
+
+FULL = """
+import pathlib, resource, sys
+from jtsm_jax.types import InputError
+from tests.train.feature_cache_test import BLIND, Images, _open
+
+cache = _open(pathlib.Path(sys.argv[1]), Images())
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # no file is longer
+try:
+  cache.attach(BLIND)
+except InputError as error:
+  print(error)
+"""
+
+
+def test_a_full_disk_is_told_before_a_row_is_written(tmp_path):
+  # A memory map of a file without blocks would end the process with SIGBUS.
+  ended = subprocess.run(
+    [sys.executable, "-c", FULL, str(tmp_path)],
+    capture_output=True,
+    text=True,
+    cwd=pathlib.Path(__file__).parents[2],
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    timeout=300,
+  )
+  assert ended.returncode == 0, ended.stderr
+  assert f"{tmp_path}" in ended.stdout
+  assert "features cannot be kept (File too large)" in ended.stdout
+  assert "--config.backbone.cache_dir" in ended.stdout
+  assert not [p for p in tmp_path.rglob("*") if p.is_file()]  # room again
+
+
+def test_a_file_with_holes_gets_its_blocks(tmp_path):
+  _open(tmp_path, Images()).attach(BLIND)
+  [path] = tmp_path.rglob("*.f16")
+  size = path.stat().st_size
+  assert path.stat().st_blocks * 512 >= size
+  os.truncate(path, 0)
+  os.truncate(path, size)
+  assert path.stat().st_blocks == 0
+  _open(tmp_path, Images()).attach(BLIND)
+  assert path.stat().st_size == size
+  assert path.stat().st_blocks * 512 >= size

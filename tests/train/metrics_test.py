@@ -3,6 +3,8 @@
 import io
 import json
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -154,3 +156,37 @@ def test_faults_are_named(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(InputError, match="workdir"):
     MetricWriter(tmp_path / "file")
+
+
+FULL = """
+import resource, sys
+from jtsm_jax.train.metrics import MetricWriter
+from jtsm_jax.types import InputError
+
+with MetricWriter(sys.argv[1]) as writer:
+  writer.write(1, {"loss": 1})
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # no file grows on
+  try:
+    for step in range(2, 1000):
+      writer.write(step, {"loss": step})
+  except InputError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_told(tmp_path):
+  ended = subprocess.run(
+    [sys.executable, "-c", FULL, str(tmp_path)],
+    capture_output=True,
+    text=True,
+    timeout=100,
+  )
+  assert ended.stderr == ""
+  assert f"{tmp_path / 'metrics.jsonl'}: metrics cannot be" in ended.stdout
+  assert "(File too large). Free some space" in ended.stdout
+  # The line that was torn is dropped by the next run.
+  with MetricWriter(tmp_path) as writer:
+    writer.write(1000, {"loss": 0})
+  steps = [x["step"] for x in read_lines(tmp_path)]
+  assert steps == [*range(1, len(steps)), 1000]
+  assert len(steps) > 10

@@ -215,6 +215,18 @@ def test_gradients_that_are_not_finite_change_nothing(bad):
   assert not np.isfinite(metrics["gradient/norm"])
 
 
+def test_parameters_that_would_overflow_change_nothing():
+  model = tiny.make_model(instance=False, semantic=False)
+  state = _state(model)
+  huge = optax.sgd(1e38)
+  state = state.replace(opt_state=huge.init(state.params))
+  grads = jax.tree.map(lambda p: jnp.full_like(p, 9), state.params)
+  after, metrics = step.make_apply_gradients(huge)(_copy(state), grads)
+  jax.tree.map(np.testing.assert_array_equal, after, state)
+  assert np.isfinite(metrics["gradient/norm"])
+  assert not np.isfinite(metrics["params/norm"])
+
+
 def test_average_of_the_parameters():
   # Worked out in a loop: the share of the new ones falls from 0.9 to 0.4.
   model = tiny.make_model(instance=False, semantic=False)
