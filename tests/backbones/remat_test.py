@@ -78,7 +78,8 @@ def test_gradients_and_statistics_are_the_same(name):
     results.append(
       gradient(variables["params"], variables["batch_stats"], IMAGES)
     )
-  for path, found in paths(results[1]).items():
-    wanted = paths(results[0])[path]
-    atol = 1e-5 * max(np.abs(wanted).max(), 1)
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=atol)
+  wanted, found = map(paths, results)
+  # Some gradients cancel and are rounding alone: on the scale of all of them.
+  atol = 1e-6 * max(np.abs(value).max() for value in wanted.values())
+  for path, value in wanted.items():
+    np.testing.assert_allclose(found[path], value, rtol=1e-5, atol=atol)

@@ -68,10 +68,10 @@ def _run(*, data=1, model=1, variant="", **fields):
 def _peaks(monkeypatch, **peaks):
   """Lets each part of a step have a peak of its own."""
 
-  def peak_bytes(function, *args):
+  def peak_bytes(function, *args, platform=None):
     return peaks.get(function.__name__, 0)
 
-  monkeypatch.setattr(memory, "peak_bytes", peak_bytes)
+  monkeypatch.setattr(memory.cost, "peak_bytes", peak_bytes)
 
 
 # image_index, size, flip, window, tags; superpixels; bits, boxes, valid.
