@@ -37,7 +37,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from configs import base
 from jtsm_jax.train import build, objectives, step
 from jtsm_jax.train.cost import matmul_flops
-from jtsm_jax.train.state import create_state, initial_variables
+from jtsm_jax.train.state import create_state
 from jtsm_jax.types import Batch, Categories, Category, pack_members
 
 GRID = 40  # superpixels on a side
@@ -145,7 +145,7 @@ def our_step(args, canvas) -> dict:
   batch = jax.device_put(synthetic_batch(args, canvas))
   key = jax.random.key(0)
   example = jax.tree.map(lambda x: x[:1], batch)
-  variables = initial_variables(key, model, example)
+  variables = random_variables(jax.eval_shape(model.init, key, example))
   optimizer = build.main_optimizer(config, variables["params"])
   state = create_state(variables, optimizer)
   losses = build.loss_settings(config)
@@ -205,6 +205,19 @@ def our_step(args, canvas) -> dict:
     + matmul_flops(branch, state, featured, mined, masks)
   )
   return {"whole": whole, "parts": parts, "flops": flops}
+
+
+def random_variables(shapes):
+  """Small weights; to compile the initialisers would take longer."""
+  rng = np.random.default_rng(0)
+
+  def draw(path, x):
+    if path[-1].key in ("scale", "var"):
+      return np.ones(x.shape, np.float32)
+    spread = np.sqrt(1 / np.prod(x.shape[:-1])) if x.ndim > 1 else 0
+    return spread * rng.standard_normal(x.shape, np.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def synthetic_batch(args, canvas) -> Batch:

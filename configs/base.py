@@ -152,6 +152,19 @@ def get_config() -> ml_collections.ConfigDict:
   # Parts of a batch that follow one another, where memory is short; the result
   # is the same.
   c.train.accumulation = 1
+  # "bfloat16": of features and matrix products; half the memory, and fast on
+  # accelerators. Parameters, scores, losses and the optimizer stay float32.
+  c.train.precision = "float32"
+  # "backbone": its blocks are computed again in the backward pass, instead of
+  # being kept for it: a third more work. Of use where the backbone learns.
+  c.train.remat = ""
+  # Proposals that are pooled at a time, a multiple of 8; the result is the
+  # same, and pooling is done twice. 0 = all, which take P x 49 x C numbers an
+  # image.
+  c.train.proposal_block = 0
+  # GiB of a device, where the estimate before the first step is to compare with
+  # something else than what the device says. 0 = that.
+  c.train.memory_gib = 0.0
   # Devices that share the neck's layers; the others share the batch.
   c.train.model_parallel = 1
   c.train.divide_optimizer = False  # its slots over the devices of the batch

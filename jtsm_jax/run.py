@@ -58,6 +58,9 @@ FREE_FIELDS = (
   "train.divide_optimizer",
   "train.loader_threads",
   "train.loader_workers",
+  "train.memory_gib",
+  "train.proposal_block",
+  "train.remat",
   "evaluation",
   "report",
 )

@@ -126,7 +126,7 @@ def test_two_processes_are_as_one(start, one, tmp_path):
   assert metrics.count('"val_averaged/pq"') == 1
 
 
-def test_sigterm_to_one_stops_both_and_both_go_on(start, one, tmp_path):
+def test_sigterm_to_one_stops_both_and_another_goes_on(start, one, tmp_path):
   workdir = tmp_path / "stopped"
   processes = start_two(start, workdir)
   limit = time.monotonic() + 300
@@ -141,8 +141,8 @@ def test_sigterm_to_one_stops_both_and_both_go_on(start, one, tmp_path):
     finish(process)
   steps = [int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")]
   assert 2 <= max(steps) < LAST_STEP
-  processes = start_two(start, workdir)
-  (out, _), _ = [finish(p) for p in processes]
+  # On one host now: a checkpoint does not know how many wrote it.
+  out, _ = finish(start(workdir, "--mode=train", devices=2))
   assert f"going on from step {max(steps)} of {LAST_STEP}" in out
   assert_same_end(workdir, one)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -28,12 +30,16 @@ K = NUM_THINGS + NUM_STUFF
 class Backbone(nn.Module):
   """Two strided convolutions: a cell sees nothing but its own pixels."""
 
+  dtype: jnp.dtype = jnp.float32
+
   @nn.compact
   def __call__(self, images, *, train):
-    conv = nn.Conv(6, (4, 4), strides=4, padding="VALID", name="fine_conv")
-    fine = nn.relu(conv(images))
-    fine = nn.BatchNorm(use_running_average=not train, name="fine_norm")(fine)
-    conv = nn.Conv(8, (2, 2), strides=2, padding="VALID", name="coarse_conv")
+    conv = functools.partial(nn.Conv, padding="VALID", dtype=self.dtype)
+    fine = nn.relu(conv(6, (4, 4), strides=4, name="fine_conv")(images))
+    fine = nn.BatchNorm(
+      use_running_average=not train, dtype=self.dtype, name="fine_norm"
+    )(fine)
+    conv = conv(8, (2, 2), strides=2, name="coarse_conv")
     return {"fine": fine, "coarse": nn.relu(conv(fine))}
 
 
@@ -54,31 +60,44 @@ def make_model(
   average=False,
   instance=True,
   semantic=True,
+  dtype=jnp.float32,
 ):
   """A whole model on the backbone above."""
   return JTSM(
     extractor=FeatureExtractor(
-      backbone=Backbone(),
+      backbone=Backbone(dtype),
       normalise=normalise,
       outputs=outputs,
       stride=STRIDE,
       projection=projection,
       frozen=frozen,
+      dtype=dtype,
     ),
     proposal_features=ProposalFeatures(
-      stride=STRIDE, output_size=(2, 2), center=center, average=average
+      stride=STRIDE,
+      output_size=(2, 2),
+      center=center,
+      average=average,
+      dtype=dtype,
     ),
-    neck=Neck(widths=(16,), dropout=dropout),
+    neck=Neck(widths=(16,), dropout=dropout, dtype=dtype),
     heads=MiningHeads(
-      num_classes=K, num_refinements=num_refinements, zero_init=zero_init
+      num_classes=K,
+      num_refinements=num_refinements,
+      zero_init=zero_init,
+      dtype=dtype,
     ),
     tag_head=TagHead(num_classes=K),
     instance=InstanceBranch(
-      num_things=NUM_THINGS, channels=4, num_convs=1, stride=STRIDE
+      num_things=NUM_THINGS,
+      channels=4,
+      num_convs=1,
+      stride=STRIDE,
+      dtype=dtype,
     )
     if instance
     else None,
-    semantic=SemanticBranch(num_stuff=NUM_STUFF, channels=4)
+    semantic=SemanticBranch(num_stuff=NUM_STUFF, channels=4, dtype=dtype)
     if semantic
     else None,
   )

@@ -180,11 +180,14 @@ class EfficientNetLite0(nn.Module):
     output_stride: pixels per cell of the last stages.
     num_classes: adds the ImageNet classifier's "logits" where > 0.
     dtype: of the computation; parameters are float32.
+    remat: compute what lies within blocks again in the backward pass, instead
+      of keeping it.
   """
 
   output_stride: int = 16
   num_classes: int = 0
   dtype: jnp.dtype = jnp.float32
+  remat: bool = False
 
   @nn.compact
   def __call__(
@@ -224,12 +227,13 @@ class EfficientNetLite0(nn.Module):
       FrozenNorm(BATCH_NORM_EPSILON, self.dtype, name="stem_norm")(x)
     )
 
+    block = nn.remat(_Block) if self.remat else _Block
     stride, dilation, index = 2, 1, 0
     for number, stage in enumerate(STAGES, start=1):
       for i in range(stage.blocks):
         step = stage.stride if i == 0 else 1
         keep = stride * step > self.output_stride
-        x = _Block(
+        x = block(
           kernel=stage.kernel,
           stride=1 if keep else step,
           dilation=dilation,

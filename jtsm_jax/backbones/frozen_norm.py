@@ -13,7 +13,8 @@ class FrozenNorm(nn.Module):
 
   Attributes:
     epsilon: added to the variance.
-    dtype: of the arithmetic.
+    dtype: of the result; the arithmetic is float32, and so are the sums over
+      cells that are the gradients.
   """
 
   epsilon: float
@@ -28,4 +29,4 @@ class FrozenNorm(nn.Module):
     var = self.variable("batch_stats", "var", jnp.ones, shape).value
     factor = scale * lax.rsqrt(var + self.epsilon)
     offset = bias - mean * factor
-    return x * factor.astype(self.dtype) + offset.astype(self.dtype)
+    return (x * factor + offset).astype(self.dtype)

@@ -50,7 +50,7 @@ class _Block(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     layer = functools.partial(ConvNorm, norm=self.norm, dtype=self.dtype)
     strided = functools.partial(
       layer,
@@ -92,6 +92,8 @@ class ResNet(nn.Module):
       to 32 groups, for training from scratch.
     output_stride: pixels per cell of the last stage.
     dtype: of the computation; parameters are float32.
+    remat: compute what lies within blocks again in the backward pass, instead
+      of keeping it.
   """
 
   depth: int = 50
@@ -99,6 +101,7 @@ class ResNet(nn.Module):
   norm: Norm = "frozen"
   output_stride: int = 32
   dtype: jnp.dtype = jnp.float32
+  remat: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
@@ -137,6 +140,7 @@ class ResNet(nn.Module):
       nn.relu(x), (3, 3), strides=(2, 2), padding=((1, 1), (1, 1))
     )
 
+    block = nn.remat(_Block, static_argnums=(2,)) if self.remat else _Block
     stride, dilation = 4, 1
     features = {}
     stages = zip(BLOCKS[self.depth], STAGE_CHANNELS, strict=True)
@@ -149,7 +153,7 @@ class ResNet(nn.Module):
       else:
         stride *= step
       for i in range(blocks):
-        x = _Block(
+        x = block(
           channels=scaled_channels(channels, width=self.width),
           bottleneck=self.depth >= 50,
           stride=step if i == 0 and not keep else 1,
@@ -158,6 +162,6 @@ class ResNet(nn.Module):
           norm=self.norm,
           dtype=self.dtype,
           name=f"res{stage}_{i}",
-        )(x, train=train)
+        )(x, train)
       features[f"res{stage}"] = x
     return features

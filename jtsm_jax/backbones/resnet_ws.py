@@ -45,7 +45,7 @@ class _Block(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     layer = functools.partial(ConvNorm, norm=self.norm, dtype=self.dtype)
     spatial = functools.partial(layer, kernel=3, dilation=self.dilation)
     if self.pool is not None:
@@ -91,6 +91,8 @@ class ResNetWS(nn.Module):
     dilated: keep stride 8 by dilating res4 and res5 instead of pooling before
       res4; otherwise the output stride is 16, as in ImageNet training.
     dtype: of the computation; parameters are float32.
+    remat: compute what lies within blocks again in the backward pass, instead
+      of keeping it.
   """
 
   depth: int = 18
@@ -98,6 +100,7 @@ class ResNetWS(nn.Module):
   norm: Norm = "frozen"
   dilated: bool = True
   dtype: jnp.dtype = jnp.float32
+  remat: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
@@ -132,11 +135,12 @@ class ResNetWS(nn.Module):
     x = _halve(x)
 
     pools = {3: _halve, 4: _pool_in_place if self.dilated else _halve}
+    block = nn.remat(_Block, static_argnums=(2,)) if self.remat else _Block
     features = {}
     stages = zip(BLOCKS[self.depth], STAGE_CHANNELS, strict=True)
     for stage, (blocks, channels) in enumerate(stages, start=2):
       for i in range(blocks):
-        x = _Block(
+        x = block(
           channels=scaled_channels(channels, width=self.width),
           bottleneck=self.depth >= 50,
           dilation=2 if self.dilated and stage >= 4 else 1,
@@ -144,6 +148,6 @@ class ResNetWS(nn.Module):
           norm=self.norm,
           dtype=self.dtype,
           name=f"res{stage}_{i}",
-        )(x, train=train)
+        )(x, train)
       features[f"res{stage}"] = x
     return features

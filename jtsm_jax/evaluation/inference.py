@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtsm_jax.evaluation.voc_detection import box_iou
+from jtsm_jax.models import proposal_blocks
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.types import Array, Batch, Detections, Proposals
 
@@ -101,35 +102,18 @@ def make_score_step(
   Args:
     model: the model.
     mil_share: weight of the normalised S^MIL in the average; the paper has 0.
-    proposal_block: pool so many proposals at a time, which takes less memory;
-      a multiple of 8, or 0 for all at once.
-
-  Raises:
-    ValueError: proposal_block is negative, or no multiple of 8.
+    proposal_block: proposals that are pooled at a time, see
+      `models.proposal_blocks`.
   """
-  if proposal_block < 0 or proposal_block % 8:
-    raise ValueError(
-      f"proposal_block is {proposal_block}, must be a multiple of 8, or 0"
-    )
-
-  def describe(variables, features, batch):
-    def described(part: Batch) -> jax.Array:
-      return model.apply(variables, features, part, method="describe")
-
-    count = batch.valid.shape[1]
-    if not 0 < proposal_block < count:
-      return described(batch)
-    parts = _blocks(batch, proposal_block)
-    found = jax.lax.map(lambda part: described(batch.replace(**part)), parts)
-    found = jnp.moveaxis(found, 0, 1)  # [B, blocks, proposal_block, D]
-    return found.reshape(len(found), -1, found.shape[-1])[:, :count]
 
   @jax.jit
   def score(variables: Any, batch: Batch) -> Scores:
     features = model.apply(variables, batch, method="features")
     outputs = model.apply(
       variables,
-      describe(variables, features, batch),
+      proposal_blocks.describe(
+        model, variables, features, batch, proposal_block=proposal_block
+      ),
       batch.valid,
       method="judge",
     )
@@ -155,24 +139,6 @@ def make_score_step(
     )
 
   return score
-
-
-def _blocks(batch: Batch, size: int) -> dict[str, jax.Array]:
-  """A batch's proposals in blocks, [blocks, B, ...]; the last is padded."""
-
-  def split(array, axis, size):
-    array = jnp.asarray(array)
-    padding = [(0, 0)] * array.ndim
-    padding[axis] = (0, -array.shape[axis] % size)
-    array = jnp.pad(array, padding)
-    shape = (*array.shape[:axis], -1, size, *array.shape[axis + 1 :])
-    return jnp.moveaxis(array.reshape(shape), axis, 0)
-
-  return {
-    "member_bits": split(batch.member_bits, 2, size // 8),
-    "boxes": split(batch.boxes, 1, size),
-    "valid": split(batch.valid, 1, size),
-  }
 
 
 @functools.lru_cache(maxsize=8)

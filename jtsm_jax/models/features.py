@@ -24,6 +24,7 @@ class FeatureExtractor(nn.Module):
     stride: pixels per cell of the result; every stage is resized to it.
     projection: channels after the PCA; 0 leaves the stages as they are.
     frozen: stop gradients.
+    dtype: of the result; the projection is computed in float32.
   """
 
   backbone: nn.Module
@@ -32,29 +33,30 @@ class FeatureExtractor(nn.Module):
   stride: int
   projection: int = 0
   frozen: bool = True
+  dtype: jnp.dtype = jnp.float32
 
   def setup(self):
     if self.projection:
       self.project = Projection(self.projection)
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Maps [B, H, W, 3] uint8 to [B, H / stride, W / stride, C] float32.
+    """Maps [B, H, W, 3] uint8 to [B, H / stride, W / stride, C].
 
     Norm layers use their stored statistics, also while their weights train.
     """
     x = self.stages(images, train=False)
     if self.frozen:
       x = jax.lax.stop_gradient(x)
-    return self.project(x) if self.projection else x
+    x = self.project(x) if self.projection else x
+    return x.astype(self.dtype)
 
   def stages(self, images: jax.Array, *, train: bool) -> jax.Array:
-    """The concatenated stages before the projection, never frozen."""
+    """The stages before the projection, never frozen: float32 in any case."""
     stages = self.backbone(self.normalise(images), train=train)
     height = images.shape[1] // self.stride
     width = images.shape[2] // self.stride
-    return jnp.concatenate(
-      [_resize(stages[name], height, width) for name in self.outputs], axis=-1
-    ).astype(jnp.float32)
+    chosen = [stages[name].astype(jnp.float32) for name in self.outputs]
+    return jnp.concatenate([_resize(x, height, width) for x in chosen], axis=-1)
 
 
 class Projection(nn.Module):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels as pk
+from jtsm_jax.models.mixed_precision import wide_bias
 
 MASK_SIZE = 28
 
@@ -19,12 +20,14 @@ class InstanceBranch(nn.Module):
     channels: of the convolutions; the paper has 256.
     num_convs: the paper has 4.
     stride: pixels per cell of the feature map.
+    dtype: of products; parameters are float32.
   """
 
   num_things: int
   channels: int = 256
   num_convs: int = 4
   stride: int = 8
+  dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, features: jax.Array, boxes: jax.Array) -> jax.Array:
@@ -45,16 +48,29 @@ class InstanceBranch(nn.Module):
     init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     for i in range(self.num_convs):
       conv = nn.Conv(
-        self.channels, (3, 3), kernel_init=init, name=f"conv{i + 1}"
+        self.channels,
+        (3, 3),
+        kernel_init=init,
+        dtype=self.dtype,
+        promote_dtype=wide_bias,
+        name=f"conv{i + 1}",
       )
       x = nn.relu(conv(x))
     deconv = nn.ConvTranspose(
-      self.channels, (2, 2), strides=(2, 2), kernel_init=init, name="deconv"
+      self.channels,
+      (2, 2),
+      strides=(2, 2),
+      kernel_init=init,
+      dtype=self.dtype,
+      promote_dtype=wide_bias,
+      name="deconv",
     )
     x = nn.relu(deconv(x))
     x = nn.Dense(
       self.num_things,
       kernel_init=nn.initializers.normal(0.001),
+      dtype=self.dtype,
+      promote_dtype=wide_bias,
       name="predictor",
     )(x)
     return x.reshape(*lead, *x.shape[1:]).astype(jnp.float32)

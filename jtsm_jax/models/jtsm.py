@@ -34,7 +34,7 @@ class JTSM(nn.Module):
   def features(self, batch: Batch) -> jax.Array:
     """The feature map [B, Hf, Wf, C]: cached, or from the images."""
     if batch.features is not None:
-      return batch.features.astype(jnp.float32)
+      return batch.features.astype(self.extractor.dtype)
     return self.extractor(coloured_images(batch))
 
   def extract(self, images: jax.Array) -> jax.Array:
@@ -46,8 +46,9 @@ class JTSM(nn.Module):
     return self.extractor.stages(images, train=train)
 
   def pool(self, features: jax.Array, batch: Batch) -> list[jax.Array]:
-    """The pooled proposals before centring, for calibration."""
-    return self.proposal_features.pool(features, batch)
+    """The pooled proposals before centring, float32, for calibration."""
+    parts = self.proposal_features.pool(features, batch)
+    return [part.astype(jnp.float32) for part in parts]
 
   def mine(
     self, features: jax.Array, batch: Batch, keys: jax.Array | None = None
@@ -61,16 +62,17 @@ class JTSM(nn.Module):
     batch: Batch,
     keys: jax.Array | None = None,
     *,
-    first: int = 0,
+    first: int | jax.Array = 0,
   ) -> jax.Array:
     """The first half of `mine`: [B, P, D], each proposal by itself.
 
     Args:
-      features: [B, Hf, Wf, C].
+      features: [B, Hf, Wf, C] float.
       batch: with all proposals, or a part of them.
       keys: [B] random keys of the images, for dropout; None at test time.
       first: index of the batch's first proposal among the image's.
     """
+    features = features.astype(self.extractor.dtype)
     described = self.proposal_features(features, batch)
     return self.neck(described, keys, first=first)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jtsm_jax.models.mixed_precision import wide_bias
 from jtsm_jax.types import MiningOutputs
 
 SCORE_EPSILON = 1e-6
@@ -21,16 +24,22 @@ class Neck(nn.Module):
     input_dropout: rate on the pooled features themselves.
     share_input_dropout: all proposals of an image lose the same features, which
       is faster and keeps them comparable.
+    dtype: of products and of the result; parameters are float32.
   """
 
   widths: tuple[int, ...] = (4096, 4096)
   dropout: float = 0.5
   input_dropout: float = 0.0
   share_input_dropout: bool = False
+  dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, keys: jax.Array | None = None, *, first: int = 0
+    self,
+    x: jax.Array,
+    keys: jax.Array | None = None,
+    *,
+    first: int | jax.Array = 0,
   ) -> jax.Array:
     """Maps [B, P, D] to [B, P, widths[-1]].
 
@@ -58,10 +67,12 @@ class Neck(nn.Module):
         width,
         kernel_init=nn.initializers.normal(0.005),
         bias_init=nn.initializers.constant(0.1),
+        dtype=self.dtype,
+        promote_dtype=wide_bias,
         name=f"fc{i + 1}",
       )(x)
       x = dropout(streams[i + 1], nn.relu(x), self.dropout, first=first)
-    return x
+    return x.astype(self.dtype)
 
 
 def dropout(
@@ -69,7 +80,7 @@ def dropout(
   x: jax.Array,
   rate: float,
   *,
-  first: int = 0,
+  first: int | jax.Array = 0,
   shared: bool = False,
 ) -> jax.Array:
   """Sets features to 0 with probability `rate`; the others make up for it.
@@ -107,11 +118,13 @@ class MiningHeads(nn.Module):
     num_refinements: n_r, 0 to any number; the paper has 4.
     zero_init: start the MIL head at zero, so that all proposals begin equal;
       otherwise Xavier, as the authors do.
+    dtype: of what the products multiply; logits and parameters are float32.
   """
 
   num_classes: int
   num_refinements: int = 4
   zero_init: bool = False
+  dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, valid: jax.Array) -> MiningOutputs:
@@ -126,10 +139,20 @@ class MiningHeads(nn.Module):
       if self.zero_init
       else nn.initializers.xavier_uniform()
     )
-    classify = nn.Dense(self.num_classes, kernel_init=init, name="mil_classes")
-    detect = nn.Dense(self.num_classes, kernel_init=init, name="mil_proposals")
+    # The sums are float32 and stay so: in bfloat16 the best proposals of a
+    # class would have equal logits, and mining takes the best.
+    dense = functools.partial(
+      nn.Dense,
+      dtype=self.dtype,
+      promote_dtype=wide_bias,
+      dot_general=functools.partial(
+        jax.lax.dot_general, preferred_element_type=jnp.float32
+      ),
+    )
+    classify = dense(self.num_classes, kernel_init=init, name="mil_classes")
+    detect = dense(self.num_classes, kernel_init=init, name="mil_proposals")
     refinements = [
-      nn.Dense(
+      dense(
         self.num_classes + 1,
         kernel_init=nn.initializers.normal(0.01),
         name=f"refinement_{r + 1}",

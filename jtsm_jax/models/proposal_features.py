@@ -35,6 +35,7 @@ class ProposalFeatures(nn.Module):
       constants that calibration sets.
     size_exponents: scale the pooled part and the averaged part by the
       proposal's share of the image to this power; 0 hides the size.
+    dtype: of the result; means, spreads and shares are float32.
   """
 
   stride: int
@@ -46,10 +47,11 @@ class ProposalFeatures(nn.Module):
   average: bool = False
   center: bool = False
   size_exponents: tuple[float, float] = (0.0, 0.0)
+  dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, features: jax.Array, batch: Batch) -> jax.Array:
-    """Maps [B, Hf, Wf, C] and the proposals of `batch` to [B, P, D] float32."""
+    """Maps [B, Hf, Wf, C] and the proposals of `batch` to [B, P, D]."""
     parts = self.pool(features, batch)
     if self.center:
       parts = [self._centred(i, part) for i, part in enumerate(parts)]
@@ -58,6 +60,7 @@ class ProposalFeatures(nn.Module):
       part * share[..., None] ** exponent if exponent else part
       for part, exponent in zip(parts, self.size_exponents, strict=False)
     ]
+    parts = [part.astype(self.dtype) for part in parts]
     return jnp.concatenate(parts, axis=-1)
 
   def pool(self, features: jax.Array, batch: Batch) -> list[jax.Array]:
@@ -106,12 +109,11 @@ class ProposalFeatures(nn.Module):
         raise ValueError(
           f"pooling is {self.pooling!r}; wanted 'moi', 'roi' or 'roi_align'"
         )
-    pooled = pooled.astype(jnp.float32)
     if self.reduce == "flatten":
       parts = [pooled.reshape(len(boxes), -1)]
     elif self.reduce == "mean":
       count = jnp.maximum(bins.sum((1, 2)), 1)
-      parts = [pooled.sum((1, 2)) / count[:, None]]
+      parts = [pooled.sum((1, 2), dtype=jnp.float32) / count[:, None]]
     else:
       raise ValueError(f"reduce is {self.reduce!r}; wanted 'flatten' or 'mean'")
     if self.average:

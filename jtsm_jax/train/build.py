@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -86,6 +87,8 @@ CHOICES = {
   "losses.mil_reduction": ("sum", "mean"),
   "losses.refinement_reduction": ("mean", "sum"),
   "train.optimizer": ("sgd", "adamw"),
+  "train.precision": ("float32", "bfloat16"),
+  "train.remat": ("", "backbone"),
   "evaluation.nms_kind": ("masks", "boxes"),
   "evaluation.voc_metric": ("area", "11point"),
 }
@@ -131,17 +134,23 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
       f"config.proposals.num_superpixels is {config.proposals.num_superpixels};"
       f" wanted 1 to {MAX_SUPERPIXELS}"
     )
-  block = config.evaluation.proposal_block
-  if block < 0 or block % 8:
-    raise InputError(
-      f"config.evaluation.proposal_block is {block}; wanted a multiple of 8, or"
-      " 0 for all proposals at once"
-    )
+  for group in ("train", "evaluation"):
+    block = config[group].proposal_block
+    if block < 0 or block % 8:
+      raise InputError(
+        f"config.{group}.proposal_block is {block}; wanted a multiple of 8, or "
+        "0 for all proposals at once"
+      )
   c = config.train
   if c.accumulation < 1 or c.batch_size % c.accumulation:
     raise InputError(
       f"config.train.accumulation is {c.accumulation}; it must divide "
       f"config.train.batch_size = {c.batch_size}"
+    )
+  if c.memory_gib < 0:
+    raise InputError(
+      f"config.train.memory_gib is {c.memory_gib}; wanted a device's memory in "
+      "GiB, or 0 for what the device says"
     )
   if not 0 <= c.ema_decay < 1:
     raise InputError(
@@ -175,18 +184,30 @@ def build_model(
   """
   check_fields(config)
   b = config.backbone
+  dtype = jnp.dtype(config.train.precision)
+  computing = {"dtype": dtype, "remat": config.train.remat == "backbone"}
   if b.name == "resnet_ws":
     backbone = resnet_ws.ResNetWS(
-      depth=b.depth, width=b.width, norm=b.norm, dilated=b.stride == 8
+      depth=b.depth,
+      width=b.width,
+      norm=b.norm,
+      dilated=b.stride == 8,
+      **computing,
     )
     normalise = resnet_ws.normalise
   elif b.name == "resnet":
     backbone = resnet.ResNet(
-      depth=b.depth, width=b.width, norm=b.norm, output_stride=b.stride
+      depth=b.depth,
+      width=b.width,
+      norm=b.norm,
+      output_stride=b.stride,
+      **computing,
     )
     normalise = resnet.normalise
   else:
-    backbone = efficientnet_lite.EfficientNetLite0(output_stride=b.stride)
+    backbone = efficientnet_lite.EfficientNetLite0(
+      output_stride=b.stride, **computing
+    )
     normalise = efficientnet_lite.normalise
   num_things = categories.num_things
   num_stuff = len(categories) - num_things
@@ -198,6 +219,7 @@ def build_model(
       stride=b.stride,
       projection=b.projection,
       frozen=b.freeze == "all",
+      dtype=dtype,
     ),
     proposal_features=ProposalFeatures(
       stride=b.stride,
@@ -209,17 +231,20 @@ def build_model(
       average=config.pooling.average,
       center=config.pooling.center,
       size_exponents=tuple(config.pooling.size_exponents),
+      dtype=dtype,
     ),
     neck=Neck(
       widths=tuple(config.neck.widths),
       dropout=config.neck.dropout,
       input_dropout=config.neck.input_dropout,
       share_input_dropout=config.neck.share_input_dropout,
+      dtype=dtype,
     ),
     heads=MiningHeads(
       num_classes=len(categories),
       num_refinements=config.heads.num_refinements,
       zero_init=config.heads.zero_init,
+      dtype=dtype,
     ),
     tag_head=TagHead(num_classes=len(categories)),
     instance=InstanceBranch(
@@ -227,11 +252,12 @@ def build_model(
       channels=config.instance.channels,
       num_convs=config.instance.num_convs,
       stride=b.stride,
+      dtype=dtype,
     )
     if config.instance.enabled and num_things and config.task != "detection"
     else None,
     semantic=SemanticBranch(
-      num_stuff=num_stuff, channels=config.semantic.channels
+      num_stuff=num_stuff, channels=config.semantic.channels, dtype=dtype
     )
     if config.semantic.enabled and num_stuff and config.task == "panoptic"
     else None,
@@ -496,26 +522,22 @@ def caches_features(
     source: the split.
     split: its name.
   """
+  size = _feature_bytes(config, model, variables, source, split=split)
+  return size is not None and size <= config.backbone.cache_gib * 2**30
+
+
+def _feature_bytes(config, model, variables, source, *, split) -> int | None:
+  """Of a split's features on disk; None where they do not stay the same."""
   if not (config.backbone.cache and config.backbone.freeze == "all"):
-    return False
+    return None
   sizes = set(canvases(config, "evaluation"))
   if split == "train":
     if config.data.colour_factor != 1 or config.data.crop != 1:
-      return False  # every step sees other colours or other parts
+      return None  # every step sees other colours or other parts
     sizes |= set(canvases(config, "data"))
-  size = cache_bytes(
+  return cache_bytes(
     model, variables, canvases=tuple(sizes), num_images=len(source)
   )
-  if size > config.backbone.cache_gib * 2**30:
-    logging.warning(
-      "the features of %r would take %.1f GiB on disk, above "
-      "config.backbone.cache_gib = %.1f: they are computed every time",
-      split,
-      size / 2**30,
-      config.backbone.cache_gib,
-    )
-    return False
-  return True
 
 
 def open_feature_cache(
@@ -528,7 +550,17 @@ def open_feature_cache(
   split: str,
 ) -> FeatureCache | None:
   """The cache of a split; None where `caches_features` says no."""
-  if not caches_features(config, model, variables, source, split=split):
+  size = _feature_bytes(config, model, variables, source, split=split)
+  if size is None:
+    return None
+  if size > config.backbone.cache_gib * 2**30:
+    logging.warning(
+      "the features of %r would take %.1f GiB on disk, above "
+      "config.backbone.cache_gib = %.1f: they are computed every time",
+      split,
+      size / 2**30,
+      config.backbone.cache_gib,
+    )
     return None
   root = pathlib.Path(config.backbone.cache_dir or workdir / "features")
   if jax.process_count() > 1:  # two cannot write one file

@@ -66,7 +66,9 @@ class FeatureCache:
       if "extractor" in tree
     }
     weights = weights_hash(jax.device_get(used))
-    self._folder = root / f"{weights[:16]}-{source.fingerprint}"
+    dtype = jnp.dtype(model.extractor.dtype)
+    precision = "" if dtype == jnp.float32 else f"-{dtype}"
+    self._folder = root / f"{weights[:16]}-{source.fingerprint}{precision}"
     with _disk_faults(self._folder):
       self._folder.mkdir(parents=True, exist_ok=True)
     self._split = split

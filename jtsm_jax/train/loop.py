@@ -25,6 +25,7 @@ from jtsm_jax.train import step as step_parts
 from jtsm_jax.train.cost import matmul_flops, peak_flops
 from jtsm_jax.train.feature_cache import FeatureCache
 from jtsm_jax.train.guards import check_finite
+from jtsm_jax.train.memory import check_memory
 from jtsm_jax.train.meter import Meter, summary
 from jtsm_jax.train.metrics import MetricWriter
 from jtsm_jax.train.reestimation import InFlight
@@ -101,6 +102,8 @@ def train(
     if first_step:
       say(f"train: going on from step {first_step} of {run.last_step}")
 
+    check_memory(run, first_step)
+
     # The jitted parts of a step.
     tag_step = make_tag_step(
       run.key, model, run.warm_up_optimizer, shardings=setup.shardings(run, 0)
@@ -112,6 +115,7 @@ def train(
       mining=run.mining,
       losses=run.losses,
       accumulation=config.train.accumulation,
+      proposal_block=config.train.proposal_block,
     )
     branch_gradients = step_parts.make_branch_gradients(
       run.key,

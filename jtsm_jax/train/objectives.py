@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jtsm_jax.losses import mil, refinement, segmentation
 from jtsm_jax.mining import labels
+from jtsm_jax.models import proposal_blocks
 from jtsm_jax.models.instance_branch import MASK_SIZE
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.models.proposal_features import area_share
@@ -80,6 +81,7 @@ def mining_loss(
   counts: MiningCounts,
   mining: MiningSettings,
   losses: LossSettings,
+  proposal_block: int = 0,
 ) -> tuple[jax.Array, tuple[Metrics, Mined, jax.Array]]:
   """L_PM (Eq. 4) of a batch, or the share of a part of it.
 
@@ -91,6 +93,8 @@ def mining_loss(
     counts: of the whole batch.
     mining: how segments are mined.
     losses: how losses are reduced.
+    proposal_block: proposals that are pooled at a time, see
+      `models.proposal_blocks`; the result is the same.
 
   Returns:
     The loss; its terms and the share of positive proposals of each head, which
@@ -100,7 +104,10 @@ def mining_loss(
   options = dataclasses.asdict(mining)
   # Norm layers keep the statistics of the warm-up: batches are small from now.
   features = model.apply(variables, batch, method="features")
-  outputs = model.apply(variables, features, batch, keys, method="mine")
+  described = proposal_blocks.describe(
+    model, variables, features, batch, keys, proposal_block=proposal_block
+  )
+  outputs = model.apply(variables, described, batch.valid, method="judge")
   loss = mil.mil_loss(
     outputs.image_scores,
     batch.tags,

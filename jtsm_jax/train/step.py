@@ -62,6 +62,7 @@ def make_mining_gradients(
   mining: MiningSettings,
   losses: LossSettings,
   accumulation: int = 1,
+  proposal_block: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[Any, Mined, Metrics]]:
   """The jitted first part of a step: gradients of L_PM and mined segments.
 
@@ -72,6 +73,7 @@ def make_mining_gradients(
     losses: how losses are reduced.
     accumulation: parts of a batch that follow one another; the result is the
       same.
+    proposal_block: see `objectives.mining_loss`.
   """
 
   @jax.jit
@@ -90,6 +92,7 @@ def make_mining_gradients(
           counts=counts,
           mining=mining,
           losses=losses,
+          proposal_block=proposal_block,
         )
 
       grads, (metrics, *rows) = jax.grad(function, has_aux=True)(state.params)

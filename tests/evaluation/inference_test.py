@@ -159,8 +159,11 @@ def test_blocks_of_proposals_change_nothing(block):
 
 @pytest.mark.parametrize("block", [4, -8])
 def test_impossible_blocks(block):
+  model, batch = tiny.make_model(), tiny.make_batch()
+  variables = jax.eval_shape(model.init, jax.random.key(0), batch)
+  score = make_score_step(model, proposal_block=block)
   with pytest.raises(ValueError, match=f"proposal_block is {block}"):
-    make_score_step(tiny.make_model(), proposal_block=block)
+    jax.eval_shape(score, variables, batch)
 
 
 def test_mask_step_takes_the_channel_of_the_class():

@@ -43,6 +43,7 @@ def train(data, model_axis, accumulation, divide=False):
     mining=objectives.MiningSettings(num_things=tiny.NUM_THINGS, num_slots=5),
     losses=losses,
     accumulation=accumulation,
+    proposal_block=0 if accumulation == 1 else 8,
   )
   branches = step.make_branch_gradients(
     jax.random.key(0), model, num_things=tiny.NUM_THINGS, losses=losses,

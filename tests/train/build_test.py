@@ -113,6 +113,8 @@ def test_branches_without_classes_are_left_out():
     ("data.crop", 0.0, r"crop is 0.0; wanted a share .* \(0, 1\]"),
     ("data.crop", 1.5, "crop is 1.5"),
     ("evaluation.proposal_block", 12, "block is 12; wanted a multiple of 8"),
+    ("train.proposal_block", -8, r"train\.proposal_block is -8; wanted a mult"),
+    ("train.memory_gib", -1.0, "memory_gib is -1.0; wanted a device's memory"),
     ("data.colour_factor", 0.5, "colour_factor is 0.5; .* at least 1"),
     ("proposals.num_superpixels", 32768, "is 32768; wanted 1 to 32767"),
     *[

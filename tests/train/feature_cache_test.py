@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import cv2
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -157,6 +158,25 @@ def test_cache_bytes_is_the_size_of_the_files(tmp_path):
     MODEL, VARIABLES, canvases=(tiny.CANVAS, (32, 64)), num_images=5
   )
   assert two == found * 3 // 2
+
+
+def test_bfloat16_has_a_folder_of_its_own_and_loses_nothing(tmp_path):
+  source = Images()
+  _open(tmp_path, source).attach(BLIND)
+  model = tiny.make_model(dtype=jnp.bfloat16)
+  cache = FeatureCache(
+    tmp_path, model=model, variables=VARIABLES, split="train", source=source
+  )
+  found = cache.attach(BLIND)
+  assert len(list(tmp_path.iterdir())) == 2
+  assert found.features.dtype == np.float16
+  # Its 8 significant bits are among the 11 of float16.
+  direct = model.apply(VARIABLES, found, method="features")
+  assert direct.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(direct.astype(np.float16), found.features)
+  other = _open(tmp_path, source).attach(BLIND).features
+  np.testing.assert_allclose(found.features, other, rtol=0.05, atol=0.05)
+  assert not np.array_equal(found.features, other)
 
 
 FULL = """
