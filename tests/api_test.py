@@ -26,6 +26,7 @@ TESTED_ELSEWHERE = {
       "training",
     )
   },
+  "jtsm_jax/models/mixed_precision.py": "tests/train/precision_test.py",
   "jtsm_jax/train/loop.py": "tests/end_to_end_test.py",
   "jtsm_jax/train/setup.py": "tests/end_to_end_test.py",
   "jtsm_jax/train/objectives.py": "tests/train/step_test.py",

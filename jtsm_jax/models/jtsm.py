@@ -51,17 +51,17 @@ class JTSM(nn.Module):
     return [part.astype(jnp.float32) for part in parts]
 
   def mine(
-    self, features: jax.Array, batch: Batch, keys: jax.Array | None = None
+    self, features: jax.Array, batch: Batch, *, keys: jax.Array | None = None
   ) -> MiningOutputs:
     """The panoptic mining branch (section 3.2)."""
-    return self.judge(self.describe(features, batch, keys), batch.valid)
+    return self.judge(self.describe(features, batch, keys=keys), batch.valid)
 
   def describe(
     self,
     features: jax.Array,
     batch: Batch,
-    keys: jax.Array | None = None,
     *,
+    keys: jax.Array | None = None,
     first: int | jax.Array = 0,
   ) -> jax.Array:
     """The first half of `mine`: [B, P, D], each proposal by itself.
@@ -74,7 +74,7 @@ class JTSM(nn.Module):
     """
     features = features.astype(self.extractor.dtype)
     described = self.proposal_features(features, batch)
-    return self.neck(described, keys, first=first)
+    return self.neck(described, keys=keys, first=first)
 
   def judge(self, described: jax.Array, valid: jax.Array) -> MiningOutputs:
     """The second half of `mine`: compares the proposals of an image."""

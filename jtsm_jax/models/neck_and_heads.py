@@ -37,8 +37,8 @@ class Neck(nn.Module):
   def __call__(
     self,
     x: jax.Array,
-    keys: jax.Array | None = None,
     *,
+    keys: jax.Array | None = None,
     first: int | jax.Array = 0,
   ) -> jax.Array:
     """Maps [B, P, D] to [B, P, widths[-1]].
@@ -58,7 +58,7 @@ class Neck(nn.Module):
     x = dropout(
       streams[0],
       x,
-      self.input_dropout,
+      rate=self.input_dropout,
       first=first,
       shared=self.share_input_dropout,
     )
@@ -71,15 +71,15 @@ class Neck(nn.Module):
         promote_dtype=wide_bias,
         name=f"fc{i + 1}",
       )(x)
-      x = dropout(streams[i + 1], nn.relu(x), self.dropout, first=first)
+      x = dropout(streams[i + 1], nn.relu(x), rate=self.dropout, first=first)
     return x.astype(self.dtype)
 
 
 def dropout(
   keys: jax.Array | None,
   x: jax.Array,
-  rate: float,
   *,
+  rate: float,
   first: int | jax.Array = 0,
   shared: bool = False,
 ) -> jax.Array:

@@ -16,8 +16,8 @@ def describe(
   variables: Any,
   features: jax.Array,
   batch: Batch,
-  keys: jax.Array | None = None,
   *,
+  keys: jax.Array | None = None,
   proposal_block: int = 0,
 ) -> jax.Array:
   """`JTSM.describe` of all proposals, a block after the other.
@@ -47,7 +47,7 @@ def describe(
     )
   count = batch.valid.shape[1]
   if not 0 < block < count:
-    return model.apply(variables, features, batch, keys, method="describe")
+    return model.apply(variables, features, batch, keys=keys, method="describe")
   # The blocks' gradients are added up in the type that the blocks read.
   features = features.astype(jnp.float32)
 
@@ -57,7 +57,7 @@ def describe(
       variables,
       features,
       batch.replace(**proposals),
-      keys,
+      keys=keys,
       first=first,
       method="describe",
     )

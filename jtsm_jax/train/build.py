@@ -439,8 +439,8 @@ def main_optimizer(
     params,
     name=c.optimizer,
     schedule=step_decay(
-      scaled_rate(
-        c.learning_rate,
+      learning_rate=scaled_rate(
+        learning_rate=c.learning_rate,
         batch_size=c.batch_size,
         reference_batch_size=c.reference_batch_size,
       ),

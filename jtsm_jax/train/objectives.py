@@ -105,7 +105,12 @@ def mining_loss(
   # Norm layers keep the statistics of the warm-up: batches are small from now.
   features = model.apply(variables, batch, method="features")
   described = proposal_blocks.describe(
-    model, variables, features, batch, keys, proposal_block=proposal_block
+    model,
+    variables,
+    features,
+    batch,
+    keys=keys,
+    proposal_block=proposal_block,
   )
   outputs = model.apply(variables, described, batch.valid, method="judge")
   loss = mil.mil_loss(

@@ -11,8 +11,8 @@ import optax
 
 
 def step_decay(
-  learning_rate: float,
   *,
+  learning_rate: float,
   boundaries: tuple[int, ...],
   factor: float = 0.1,
   rise: int = 0,
@@ -35,7 +35,7 @@ def step_decay(
 
 
 def scaled_rate(
-  learning_rate: float, *, batch_size: int, reference_batch_size: int
+  *, learning_rate: float, batch_size: int, reference_batch_size: int
 ) -> float:
   """The rate of a batch size by the linear rule (Goyal et al., 2017).
 

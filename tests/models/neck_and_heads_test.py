@@ -121,7 +121,7 @@ def test_neck_is_relu_layers_and_nothing_without_widths():
 def _dropped(neck, x):
   """Which outputs stayed; those that did are doubled to keep the mean."""
   variables = neck.init(jax.random.key(0), x)
-  trained = neck.apply(variables, x, jax.random.split(KEY, len(x)))
+  trained = neck.apply(variables, x, keys=jax.random.split(KEY, len(x)))
   plain = neck.apply(variables, x)
   kept = np.asarray(trained) != 0
   np.testing.assert_allclose(trained[kept], 2 * plain[kept], rtol=1e-6)
@@ -153,10 +153,10 @@ def test_dropout_belongs_to_the_image_and_the_proposal(share):
   x = jnp.asarray(np.random.default_rng(8).normal(size=(4, 7, 5)))
   variables = neck.init(jax.random.key(0), x)
   keys = jax.random.split(KEY, 4)
-  whole = neck.apply(variables, x, keys)
-  part = neck.apply(variables, x[1:3, 4:], keys[1:3], first=4)
+  whole = neck.apply(variables, x, keys=keys)
+  part = neck.apply(variables, x[1:3, 4:], keys=keys[1:3], first=4)
   np.testing.assert_allclose(part, whole[1:3, 4:], rtol=1e-6)
-  other = neck.apply(variables, x[1:3, 4:], keys[1:3])
+  other = neck.apply(variables, x[1:3, 4:], keys=keys[1:3])
   assert (np.asarray(other) != np.asarray(part)).any()
 
 
@@ -167,7 +167,7 @@ def test_input_and_layers_lose_different_values():
     neck = Neck(widths=(8,), **({"dropout": 0.0} | rates))
     kernel = {"kernel": jnp.eye(8), "bias": jnp.zeros(8)}
     found = neck.apply(
-      {"params": {"fc1": kernel}}, x, jax.random.split(KEY, len(x))
+      {"params": {"fc1": kernel}}, x, keys=jax.random.split(KEY, len(x))
     )
     streams.append(np.asarray(found) != 0)
   assert (streams[0] == streams[1]).mean() == pytest.approx(0.5, abs=0.05)

@@ -6,17 +6,36 @@ import numpy as np
 import optax
 import pytest
 
-from jtsm_jax.train.schedule import make_optimizer, step_decay
+from jtsm_jax.train.schedule import make_optimizer, scaled_rate, step_decay
 
 
 def test_step_decay_by_hand():
-  rate = step_decay(0.01, boundaries=(70, 90))
+  rate = step_decay(learning_rate=0.01, boundaries=(70, 90))
   values = [float(rate(t)) for t in (0, 69, 70, 89, 90, 1000)]
   expected = [0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001]
   np.testing.assert_allclose(values, expected, rtol=1e-5)
-  half = step_decay(1.0, boundaries=(1,), factor=0.5)
+  half = step_decay(learning_rate=1.0, boundaries=(1,), factor=0.5)
   assert [float(half(t)) for t in (0, 1)] == [1.0, 0.5]
-  assert float(step_decay(0.3, boundaries=())(10**6)) == pytest.approx(0.3)
+  assert float(
+    step_decay(learning_rate=0.3, boundaries=())(10**6)
+  ) == pytest.approx(0.3)
+
+
+def test_a_rate_that_rises_first():
+  rate = step_decay(learning_rate=0.8, boundaries=(3, 6), rise=4)
+  # Over the first boundary, too.
+  expected = [0.2, 0.4, 0.6, 0.08, 0.08, 0.08, 0.008]
+  np.testing.assert_allclose([rate(t) for t in range(7)], expected, rtol=1e-5)
+
+
+def test_rates_grow_with_the_batch():
+  def rate(reference):
+    return scaled_rate(
+      learning_rate=0.01, batch_size=64, reference_batch_size=reference
+    )
+
+  assert rate(4) == pytest.approx(0.16)
+  assert rate(0) == 0.01
 
 
 def _params():
@@ -99,7 +118,7 @@ def test_rate_follows_the_schedule():
   optimizer = make_optimizer(
     params,
     name="sgd",
-    schedule=step_decay(1.0, boundaries=(2,)),
+    schedule=step_decay(learning_rate=1.0, boundaries=(2,)),
     weight_decay=0.0,
     momentum=0.0,
     trained=("neck",),
