@@ -183,7 +183,6 @@ def test_neck_reads_rows_columns_channels(give, depth):
   found = Neck(widths=authors_cases.NECK_WIDTHS).apply(
     {"params": neck},
     pooled.transpose(1, 2, 0).reshape(1, 1, -1),
-    train=False,
   )
   np.testing.assert_allclose(found[0, 0], x, rtol=1e-4)
 

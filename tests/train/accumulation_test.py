@@ -110,6 +110,9 @@ def test_twenty_steps_are_the_same_on_every_mesh(meshes):
       **os.environ,
       "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+      # Threads for the devices that wait for one another: with as many as
+      # there are devices, two sums in flight at once can take them all.
+      "NPROC": "64",
     },
     capture_output=True,
     text=True,
