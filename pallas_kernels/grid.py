@@ -155,6 +155,7 @@ def cells_in_boxes(
   return rows[:, :, None] & columns[:, None, :]
 
 
+@functools.partial(jax.jit, static_argnames=("output_size", "grid_size"))
 def bin_edges(
   boxes: jax.Array, *, output_size: tuple[int, int], grid_size: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -227,7 +228,7 @@ def available_bins(
     [P, oh, ow] bool.
   """
   top, bottom, left, right = bin_edges(
-    boxes, output_size=output_size, grid_size=masks.shape[1:]
+    boxes, output_size=tuple(output_size), grid_size=masks.shape[1:]
   )
   rows = jnp.arange(masks.shape[1])
   columns = jnp.arange(masks.shape[2])

@@ -30,6 +30,9 @@ from jtsm_jax.data.panoptic_files import decode_ids, write_panoptic
 from jtsm_jax.data.shapes import SHAPES_CATEGORIES, shapes_source
 from jtsm_jax.proposals import store as stores
 
+# One process of pytest runs them all: they share runs.
+pytestmark = pytest.mark.xdist_group("end_to_end")
+
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = "tests/configs/tiny.py"
 LAST_STEP = 14  # 2 of the warm-up and 12 of training

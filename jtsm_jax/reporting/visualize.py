@@ -460,9 +460,10 @@ def _blend(
   canvas: np.ndarray, colour: Sequence[float], opacity: np.ndarray
 ) -> np.ndarray:
   """Mixes in one colour, or one for each pixel, by opacity [H, W] in 0 .. 1."""
-  opacity = opacity[..., None]
-  mixed = canvas * (1 - opacity) + np.asarray(colour, np.float32) * opacity
-  return np.rint(mixed).clip(0, 255).astype(np.uint8)
+  opacity = opacity.astype(np.float32)
+  paint = np.empty_like(canvas)
+  paint[:] = np.rint(colour)
+  return cv2.blendLinear(canvas, paint, 1 - opacity, opacity)
 
 
 def _paint(

@@ -21,7 +21,6 @@ from jtsm_jax.data.pipeline import with_fallback
 from jtsm_jax.data.prepared import PreparedData
 from jtsm_jax.proposals.store import ProposalStore
 from jtsm_jax.train import build, checkpoints, reestimation, setup
-from jtsm_jax.train import step as step_parts
 from jtsm_jax.train.cost import matmul_flops, peak_flops
 from jtsm_jax.train.feature_cache import FeatureCache
 from jtsm_jax.train.guards import check_finite
@@ -31,7 +30,6 @@ from jtsm_jax.train.metrics import MetricWriter
 from jtsm_jax.train.reestimation import InFlight
 from jtsm_jax.train.sharding import local_rows, put_batch, to_host
 from jtsm_jax.train.stopping import Stopped, Stopping
-from jtsm_jax.train.warm_up import make_tag_step
 from jtsm_jax.types import Batch, Mined
 
 Variables = dict[str, Any]
@@ -104,33 +102,6 @@ def train(
 
     check_memory(run, first_step)
 
-    # The jitted parts of a step.
-    tag_step = make_tag_step(
-      run.key, model, run.warm_up_optimizer, shardings=setup.shardings(run, 0)
-    )
-    extract_features = step_parts.make_extract_features(model)
-    mining_gradients = step_parts.make_mining_gradients(
-      run.key,
-      model,
-      mining=run.mining,
-      losses=run.losses,
-      accumulation=config.train.accumulation,
-      proposal_block=config.train.proposal_block,
-    )
-    branch_gradients = step_parts.make_branch_gradients(
-      run.key,
-      model,
-      num_things=run.num_things,
-      losses=run.losses,
-      accumulation=config.train.accumulation,
-    )
-    apply_gradients = step_parts.make_apply_gradients(
-      run.optimizer,
-      ema_decay=config.train.ema_decay,
-      ema_start=run.warm_up_steps,
-      shardings=setup.shardings(run, run.warm_up_steps),
-    )
-
     meter, flops = Meter(), {}
     peak = peak_flops(jax.local_devices()[0])
 
@@ -157,7 +128,7 @@ def train(
       device_batch = put_batch(batch, mesh)
       if model.extractor.frozen and not cache:
         # Once, for both parts of the step.
-        device_batch = call(extract_features, state.variables, device_batch)
+        device_batch = call(run.extract_features, state.variables, device_batch)
       return batch, device_batch
 
     get_proposals = with_fallback(store)
@@ -266,11 +237,11 @@ def train(
         batch = next(batches)
       learnt = {"batch": batch}
       if step < run.warm_up_steps:
-        state, metrics = call(tag_step, state, put_batch(batch, mesh))
+        state, metrics = call(run.tag_step, state, put_batch(batch, mesh))
       else:
         item = InFlight(*on_devices(batch))
         grads, item.mined, metrics = call(
-          mining_gradients, state, item.device_batch
+          run.mining_gradients, state, item.device_batch
         )
         grads = [grads]
         if run.learns_branches(step):
@@ -285,7 +256,7 @@ def train(
                 item.futures, item.batch, mask_stride=run.losses.mask_stride
               )
             branch_grads, branch_metrics = call(
-              branch_gradients,
+              run.branch_gradients,
               state,
               item.device_batch,
               item.mined,
@@ -294,7 +265,7 @@ def train(
             grads.append(branch_grads)
             metrics |= branch_metrics
             learnt["branches"] = item.batch
-        state, update_metrics = apply_gradients(state, *grads)
+        state, update_metrics = run.apply_gradients(state, *grads)
         metrics |= update_metrics
 
       done = step + 1

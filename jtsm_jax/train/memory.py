@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -14,9 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jtsm_jax.console import say
-from jtsm_jax.train import build, cost, feature_cache, setup, step
+from jtsm_jax.train import build, cost, feature_cache, setup
 from jtsm_jax.train.setup import Setup
-from jtsm_jax.train.warm_up import make_tag_step
+from jtsm_jax.train.sharding import replicated
 from jtsm_jax.types import Batch, InputError, PseudoMasks
 
 GIB = 2**30
@@ -59,11 +60,17 @@ def check_memory(run: Setup, first_step: int) -> None:
   Raises:
     InputError: it is more than a device has; lists what takes less.
   """
-  estimate, remedies = estimate_mining(run), _mining_remedies(run)
-  if first_step < run.warm_up_steps:
-    warm_up = estimate_warm_up(run)
-    if warm_up.total > estimate.total:
-      estimate, remedies = warm_up, _warm_up_remedies(run)
+  with contextlib.ExitStack() as stack:
+    if _is_alone(run):
+      stack.enter_context(
+        jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh)
+      )
+    estimate, remedies = estimate_mining(run), _mining_remedies(run)
+    warm_up = None
+    if first_step < run.warm_up_steps:
+      warm_up = estimate_warm_up(run)
+  if warm_up and warm_up.total > estimate.total:
+    estimate, remedies = warm_up, _warm_up_remedies(run)
   limit = run.config.train.memory_gib * GIB or device_bytes(run.mesh)
   of_limit = f", of {_gib(limit)} GiB" if limit else ""
   say(f"train: {estimate}{of_limit}")
@@ -77,11 +84,10 @@ def check_memory(run: Setup, first_step: int) -> None:
 
 def estimate_warm_up(run: Setup) -> Estimate:
   """What a step of the tag warm-up takes, on its largest canvas."""
-  state, shardings = setup.shapes(run, 0), setup.shardings(run, 0)
+  state, shardings = _placed(run, setup.shapes(run, 0)), setup.shardings(run, 0)
   batch = _largest_batch(run, run.config.warm_up.batch_size)
-  tag_step = make_tag_step(run.key, run.model, run.warm_up_optimizer)
   # The new state takes the place of the old one.
-  peak = cost.peak_bytes(tag_step, state, batch) - _bytes(state)
+  peak = cost.peak_bytes(run.tag_step, state, batch) - _bytes(state)
   return Estimate(_local_bytes(state, shardings), _bytes(batch), max(peak, 0))
 
 
@@ -97,7 +103,7 @@ def estimate_mining(run: Setup, *, platform: str | None = None) -> Estimate:
   """
   peak_bytes = functools.partial(cost.peak_bytes, platform=platform)
   c, model = run.config.train, run.model
-  state = setup.shapes(run, run.warm_up_steps)
+  state = _placed(run, setup.shapes(run, run.warm_up_steps))
   shardings = setup.shardings(run, run.warm_up_steps)
   batch = _largest_batch(run, c.batch_size)
   branches = run.learns_branches(run.last_step - 1)
@@ -109,49 +115,34 @@ def estimate_mining(run: Setup, *, platform: str | None = None) -> Estimate:
   moments = []  # (bytes of batches, bytes of the step)
   if model.extractor.frozen:
     images = batch
-    extract_features = step.make_extract_features(model)
-    batch = jax.eval_shape(extract_features, state.variables, images)
+    batch = jax.eval_shape(run.extract_features, state.variables, images)
+    batch = _placed(run, batch)
     if build.caches_features(
       run.config, model, run.abstract, run.source, split="train"
     ):
       features = _shape(batch.features.shape, feature_cache.DTYPE)
-      batch = batch.replace(features=features)
+      batch = batch.replace(features=_placed(run, features))
     else:
-      peak = peak_bytes(extract_features, state.variables, images)
+      peak = peak_bytes(run.extract_features, state.variables, images)
       moments.append((_bytes(images) + waiting * _bytes(batch), peak))
   batches = (1 + waiting) * _bytes(batch)
 
-  mining_gradients = step.make_mining_gradients(
-    run.key,
-    model,
-    mining=run.mining,
-    losses=run.losses,
-    accumulation=c.accumulation,
-    proposal_block=c.proposal_block,
+  grads, mined, _ = _placed(
+    run, jax.eval_shape(run.mining_gradients, state, batch)
   )
-  grads, mined, _ = jax.eval_shape(mining_gradients, state, batch)
-  peak = peak_bytes(mining_gradients, state, batch) - elsewhere
+  peak = peak_bytes(run.mining_gradients, state, batch) - elsewhere
   moments.append((batches, peak))
   parts = [grads]
   if branches:
-    branch_gradients = step.make_branch_gradients(
-      run.key,
-      model,
-      num_things=run.num_things,
-      losses=run.losses,
-      accumulation=c.accumulation,
-    )
     slots = (len(batch.valid), run.mining.num_slots)
     sides = (n // run.losses.mask_stride for n in batch.superpixels.shape[1:])
     pseudo = PseudoMasks(_shape((*slots, *sides), bool), _shape(slots, bool))
-    peak = peak_bytes(branch_gradients, state, batch, mined, pseudo)
+    pseudo = _placed(run, pseudo)
+    peak = peak_bytes(run.branch_gradients, state, batch, mined, pseudo)
     moments.append((batches, gradients + peak - elsewhere + _bytes(pseudo)))
     parts.append(grads)
-  apply_gradients = step.make_apply_gradients(
-    run.optimizer, ema_decay=c.ema_decay
-  )
   # The new state takes the place of the old one.
-  peak = max(peak_bytes(apply_gradients, state, *parts) - _bytes(state), 0)
+  peak = max(peak_bytes(run.apply_gradients, state, *parts) - _bytes(state), 0)
   moments.append((batches, len(parts) * gradients + peak))
   return Estimate(_local_bytes(state, shardings), *max(moments, key=sum))
 
@@ -228,9 +219,24 @@ def _largest_batch(run: Setup, batch_size: int) -> Batch:
   batch = jax.tree.map(
     lambda x: _shape((count, *x.shape[1:]), x.dtype), run.example
   )
-  return batch.replace(
+  batch = batch.replace(
     images=_shape((count, *canvas, 3), np.uint8),
     superpixels=_shape((count, *canvas), batch.superpixels.dtype),
+  )
+  return _placed(run, batch)
+
+
+def _is_alone(run: Setup) -> bool:
+  return run.mesh.size == 1
+
+
+def _placed(run: Setup, tree: Any) -> Any:
+  """Shapes as a step sees them on one device, so that JAX traces it once."""
+  if not _is_alone(run):
+    return tree
+  sharding = replicated(run.mesh)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
   )
 
 

@@ -7,6 +7,7 @@ begins with, and the form of a checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from jtsm_jax.data.prepared import PreparedData, RecordSource
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.proposals.store import ProposalStore
 from jtsm_jax.train import build, checkpoints
+from jtsm_jax.train import step as step_parts
 from jtsm_jax.train.calibrate import calibrate
 from jtsm_jax.train.objectives import LossSettings, MiningSettings
 from jtsm_jax.train.sharding import (
@@ -31,6 +33,7 @@ from jtsm_jax.train.sharding import (
   state_shardings,
 )
 from jtsm_jax.train.state import TrainState, create_state, initial_variables
+from jtsm_jax.train.warm_up import make_tag_step
 from jtsm_jax.types import Batch, Mined
 
 
@@ -80,6 +83,51 @@ class Setup:
     """Whether the instance or the semantic branch learns in `step`."""
     branches = (self.model.instance, self.model.semantic)
     return step >= self.branch_start and any(b is not None for b in branches)
+
+  # The jitted parts of a step, see jtsm_jax.train.step.
+
+  @functools.cached_property
+  def tag_step(self):
+    return make_tag_step(
+      self.key,
+      self.model,
+      self.warm_up_optimizer,
+      shardings=shardings(self, 0),
+    )
+
+  @functools.cached_property
+  def extract_features(self):
+    return step_parts.make_extract_features(self.model)
+
+  @functools.cached_property
+  def mining_gradients(self):
+    return step_parts.make_mining_gradients(
+      self.key,
+      self.model,
+      mining=self.mining,
+      losses=self.losses,
+      accumulation=self.config.train.accumulation,
+      proposal_block=self.config.train.proposal_block,
+    )
+
+  @functools.cached_property
+  def branch_gradients(self):
+    return step_parts.make_branch_gradients(
+      self.key,
+      self.model,
+      num_things=self.num_things,
+      losses=self.losses,
+      accumulation=self.config.train.accumulation,
+    )
+
+  @functools.cached_property
+  def apply_gradients(self):
+    return step_parts.make_apply_gradients(
+      self.optimizer,
+      ema_decay=self.config.train.ema_decay,
+      ema_start=self.warm_up_steps,
+      shardings=shardings(self, self.warm_up_steps),
+    )
 
 
 def set_up(

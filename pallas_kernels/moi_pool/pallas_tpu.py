@@ -64,7 +64,8 @@ def add_gradient(
   interpret: bool = False,
 ) -> jax.Array:
   """As `xla.add_gradient`; walks through the cells of the boxes again."""
-  num_proposals, *output_size, channels = gradient.shape
+  num_proposals, oh, ow, channels = gradient.shape
+  output_size = oh, ow
   num_bins = output_size[0] * output_size[1]
   height, width = grid_size
   if not num_proposals:

@@ -11,6 +11,8 @@ On a CPU a chunk is one proposal: its maxima stay in the core's cache. Devices
 that need more work at a time get larger chunks.
 
 The arguments are those of `reference.max_pool`; `masks` None means a full mask.
+The functions are jitted by themselves so that a program which calls them often,
+or in branches for several platforms, traces them once.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ STEPS_AT_ONCE = 8
 CHUNK = 128  # proposals at a time where the device is no CPU
 
 
+@functools.partial(jax.jit, static_argnames=("output_size",))
 def pooled_max(
   features: jax.Array,
   masks: jax.Array | None,
@@ -43,6 +46,7 @@ def pooled_max(
   return _by_chunks(pool, results, features, masks, boxes)[0]
 
 
+@functools.partial(jax.jit, static_argnames=("output_size",))
 def pooled_argmax(
   features: jax.Array,
   masks: jax.Array | None,
@@ -80,6 +84,7 @@ def cell_dtype(num_cells: int) -> jnp.dtype:
   return jnp.uint16 if num_cells < 2**16 else jnp.uint32
 
 
+@functools.partial(jax.jit, static_argnames=("grid_size",))
 def add_gradient(
   gradient: jax.Array, argmax: jax.Array, grid_size: tuple[int, int]
 ) -> jax.Array:
@@ -117,6 +122,7 @@ def add_gradient(
   return total[: height * width * channels].reshape(height, width, channels)
 
 
+@functools.partial(jax.jit, static_argnames=("grid_size",))
 def add_gradient_in_integers(
   gradient: jax.Array, argmax: jax.Array, grid_size: tuple[int, int]
 ) -> jax.Array:
@@ -160,11 +166,11 @@ def _by_chunks(pool, results, features, masks, boxes):
   axis.
   """
   height, width, channels = features.shape
-  num_proposals, *output_size, _ = results[0].shape
+  num_proposals, oh, ow, _ = results[0].shape
   if not num_proposals:
     return tuple(jnp.zeros(r.shape, r.dtype) for r in results)
   top, bottom, left, right = grid.bin_edges(
-    boxes, output_size=output_size, grid_size=(height, width)
+    boxes, output_size=(oh, ow), grid_size=(height, width)
   )
   columns = jnp.maximum(jnp.max(right - left, axis=1), 1)
   steps = jnp.max(bottom - top, axis=1) * columns
@@ -194,12 +200,12 @@ def _by_chunks(pool, results, features, masks, boxes):
         ).reshape(index.shape)
       return jnp.where(available, index, height * width).reshape(-1)
 
-    shape = size * output_size[0] * output_size[1], channels
+    shape = size * oh * ow, channels
     found = pool(flat, cells, jnp.max(steps), shape)
     return tuple(
       lax.dynamic_update_slice_in_dim(
         whole,
-        _bits(part.reshape(size, *output_size, channels).astype(r.dtype)),
+        _bits(part.reshape(size, oh, ow, channels).astype(r.dtype)),
         start,
         0,
       )

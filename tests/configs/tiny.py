@@ -55,7 +55,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   c.train.evaluate_every = 8
   c.evaluation.batch_size = 3
   c.evaluation.calibrate = True
-  c.evaluation.pictures = 3
+  c.evaluation.pictures = 1
   if variant == "frozen":
     c.backbone.freeze = "all"
     c.data.colour_factor = 1.0  # or nothing could be cached

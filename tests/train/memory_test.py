@@ -15,6 +15,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from jtsm_jax.train import build, memory, objectives, setup
+from jtsm_jax.train import step as step_parts
+from jtsm_jax.train.sharding import make_mesh, place, put_batch
 from jtsm_jax.types import Categories, Category, InputError
 from tests import tiny
 from tests.configs import tiny as tiny_config
@@ -277,3 +279,25 @@ def test_cpu_devices_share_the_machine():
   cpu = types.SimpleNamespace(platform="cpu")
   mesh = types.SimpleNamespace(local_devices=[cpu] * 4)
   assert [memory.device_bytes(mesh)] == [n // 4 for n in total]
+
+
+def test_one_device_traces_a_step_once(monkeypatch):
+  """What the estimate has traced is not traced again by the step."""
+  run = dataclasses.replace(_run(), mesh=make_mesh(1))
+  traced = []
+  loss = step_parts.mining_loss
+
+  def counted(*args, **kwargs):
+    traced.append(1)
+    return loss(*args, **kwargs)
+
+  monkeypatch.setattr(step_parts, "mining_loss", counted)
+  memory.check_memory(run, 0)
+  batch = memory._largest_batch(run, run.config.train.batch_size)
+  state, batch = jax.tree.map(
+    lambda x: np.zeros(x.shape, x.dtype), (setup.shapes(run, 0), batch)
+  )
+  state = place(state, setup.shardings(run, 0))
+  with jax.set_mesh(run.mesh):
+    run.mining_gradients.lower(state, put_batch(batch, run.mesh))
+  assert len(traced) == 1
