@@ -23,7 +23,7 @@ demo: $(stamp)
 	$(python) main.py --config=configs/shapes.py --workdir=runs/demo
 
 test: $(stamp)
-	$(python) -m pytest -q -n auto --dist loadgroup -rs
+	$(python) -m pytest -q -n auto --dist loadfile -rs
 
 lint: $(stamp)
 	$(python) -m ruff check .

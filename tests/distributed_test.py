@@ -14,11 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-# One process of pytest runs them all: they share a run.
-pytestmark = pytest.mark.xdist_group("distributed")
-
 ROOT = pathlib.Path(__file__).parents[1]
-LAST_STEP = 12
+LAST_STEP = 14
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +42,6 @@ def start(tmp_path_factory):
       f"--config.data.prepared={shared / 'data'}",
       f"--config.proposals.store={shared / 'proposals'}",
       "--config.data.shapes.num_val=2",
-      "--config.warm_up.steps=0",
       "--config.train.ema_decay=0.9",
       f"--workdir={workdir}",
       *flags,

@@ -84,10 +84,12 @@ class Setup:
     branches = (self.model.instance, self.model.semantic)
     return step >= self.branch_start and any(b is not None for b in branches)
 
-  # The jitted parts of a step, see jtsm_jax.train.step.
+  # The jitted parts of a step, made once: what is traced for the estimate of
+  # the memory need not be traced again.
 
   @functools.cached_property
   def tag_step(self):
+    """A step of the warm-up, see `warm_up.make_tag_step`."""
     return make_tag_step(
       self.key,
       self.model,
@@ -97,10 +99,12 @@ class Setup:
 
   @functools.cached_property
   def extract_features(self):
+    """See `step.make_extract_features`."""
     return step_parts.make_extract_features(self.model)
 
   @functools.cached_property
   def mining_gradients(self):
+    """See `step.make_mining_gradients`."""
     return step_parts.make_mining_gradients(
       self.key,
       self.model,
@@ -112,6 +116,7 @@ class Setup:
 
   @functools.cached_property
   def branch_gradients(self):
+    """See `step.make_branch_gradients`."""
     return step_parts.make_branch_gradients(
       self.key,
       self.model,
@@ -122,6 +127,7 @@ class Setup:
 
   @functools.cached_property
   def apply_gradients(self):
+    """See `step.make_apply_gradients`."""
     return step_parts.make_apply_gradients(
       self.optimizer,
       ema_decay=self.config.train.ema_decay,
