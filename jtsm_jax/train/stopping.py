@@ -53,13 +53,17 @@ class Stopping:
 
   def _note(self, number: int, frame: object) -> None:
     del frame
-    if not self._defers or self._signal is not None:
+    first, self._signal = self._signal is None, number
+    if not self._defers or not first:
+      # Where it comes within a callback, of the garbage collector for example,
+      # Python drops what is raised: so it is noted, too.
       raise Stopped(number)
-    self._signal = number
     say(f"train: {signal.Signals(number).name}: stops after this step")
 
   def defer(self) -> None:
     """From now on a signal waits until it is asked for."""
+    if self._signal is not None:
+      raise Stopped(self._signal)
     self._defers = True
 
   @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Signals that this process sends to itself."""
 
+import gc
 import os
 import signal
 import threading
@@ -59,6 +60,30 @@ def test_after_it_signals_wait_again():
     with stopping.at_once():
       pass
     send(signal.SIGTERM)
+    assert stopping.asked(1) == signal.SIGTERM
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_one_within_a_callback_is_not_lost():
+  """Python drops what is raised there; JAX has such a callback."""
+
+  def callback(phase, info):
+    if phase == "stop":
+      send(signal.SIGTERM)
+
+  def collect():
+    gc.callbacks.append(callback)
+    gc.collect()
+    gc.callbacks.remove(callback)
+
+  with Stopping() as stopping:
+    collect()
+    with pytest.raises(Stopped):
+      stopping.defer()
+  with Stopping() as stopping:
+    stopping.defer()
+    with stopping.at_once():
+      collect()
     assert stopping.asked(1) == signal.SIGTERM
 
 
