@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import secrets
 import time
@@ -26,6 +25,7 @@ from jtsm_jax.data.files import (
   remove,
   write_file,
 )
+from jtsm_jax.locks import exclusive
 from jtsm_jax.proposals import generate, record_format, store
 from jtsm_jax.types import InputError, Proposals, Record
 
@@ -268,12 +268,9 @@ def _locked(path: AnyPath, shard: int) -> Iterator[None]:
   if not is_local(path):
     yield
     return
-  with (path / f"lock-{shard:04d}").open("w") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise InputError(
-        f"proposal store {path}: another run is doing shard {shard}; wait for"
-        " its end or stop it."
-      ) from error
+  busy = (
+    f"proposal store {path}: another run is doing shard {shard}; wait for its "
+    "end or stop it."
+  )
+  with exclusive(path / f"lock-{shard:04d}", busy=busy):
     yield

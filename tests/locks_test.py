@@ -1,0 +1,33 @@
+"""Locks of one file, held twice; of processes in tests/train/claim_test.py."""
+
+import errno
+import fcntl
+
+import pytest
+
+from jtsm_jax.locks import exclusive
+from jtsm_jax.types import InputError
+
+
+def test_a_second_one_is_told_and_a_later_one_is_not(tmp_path):
+  path = tmp_path / "lock"
+  with (
+    exclusive(path, busy="mine"),
+    exclusive(tmp_path / "other", busy="?"),
+    pytest.raises(InputError, match="yours"),
+    exclusive(path, busy="yours"),
+  ):
+    pytest.fail("held twice")
+  with exclusive(path, busy="free again"):
+    pass
+
+
+def test_where_nothing_can_be_locked_nobody_is_kept_out(tmp_path, monkeypatch):
+  def flock(file, operation):
+    raise OSError(errno.ENOLCK, "no locks available")
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  entered = []
+  with exclusive(tmp_path / "lock", busy="?"):
+    entered.append(1)
+  assert entered
