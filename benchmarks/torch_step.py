@@ -2,8 +2,8 @@
 
 As the authors' stack runs it: torchvision's roi_pool over all proposals, two
 fully connected layers, a two-stream head, four refinement heads whose labels
-come from the best boxes of the head before, a mask branch on 64 boxes of an
-image, a semantic branch, SGD with momentum; autocast for bfloat16. The masks
+come from the best boxes of the head before, a mask branch on some boxes of
+an image, a semantic branch, SGD with momentum; autocast for bfloat16. The masks
 are given, as in the step beside it.
 """
 
@@ -18,7 +18,6 @@ from torch import nn
 from torch.nn import functional
 
 HEADS = 4
-INSTANCES = 64
 BLOCKS = {18: (2, 2, 2, 2)}
 
 
@@ -90,24 +89,25 @@ class Model(nn.Module):
     self.refine = nn.ModuleList(
       nn.Linear(width, classes + 1) for _ in range(HEADS)
     )
+    channels, self.instances = args.channels, args.instances
     convs = []
     for i in range(4):
       convs += [
-        nn.Conv2d(512 if i == 0 else 256, 256, 3, padding=1),
+        nn.Conv2d(512 if i == 0 else channels, channels, 3, padding=1),
         nn.ReLU(inplace=True),
       ]
     self.mask = nn.Sequential(
       *convs,
-      nn.ConvTranspose2d(256, 256, 2, stride=2),
+      nn.ConvTranspose2d(channels, channels, 2, stride=2),
       nn.ReLU(inplace=True),
-      nn.Conv2d(256, args.things, 1),
+      nn.Conv2d(channels, args.things, 1),
     )
     self.semantic = nn.Sequential(
-      nn.Conv2d(512, 256, 3, padding=1),
+      nn.Conv2d(512, channels, 3, padding=1),
       nn.ReLU(inplace=True),
-      nn.Conv2d(256, 256, 3, padding=1),
+      nn.Conv2d(channels, channels, 3, padding=1),
       nn.ReLU(inplace=True),
-      nn.Conv2d(256, 1 + args.stuff, 1),
+      nn.Conv2d(channels, 1 + args.stuff, 1),
     )
 
   def forward(self, images, boxes, tags, masks, semantic_labels):
@@ -148,7 +148,7 @@ class Model(nn.Module):
 
   def instance_loss(self, features, boxes, labels, masks):
     """Binary cross-entropy of the masks of labelled things."""
-    chosen = (labels < self.things).float().topk(INSTANCES, dim=1).indices
+    chosen = (labels < self.things).float().topk(self.instances, dim=1).indices
     boxes = boxes.gather(1, chosen[..., None].expand(-1, -1, 4))
     category = labels.gather(1, chosen).clamp(max=self.things - 1).flatten()
     crops = torchvision.ops.roi_align(features, list(boxes), 14, 1 / 8)

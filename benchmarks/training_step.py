@@ -55,6 +55,8 @@ def main() -> None:
   parser.add_argument("--precision", default="bfloat16")
   parser.add_argument("--depth", type=int, default=18)
   parser.add_argument("--width", type=int, default=4096, help="of the neck")
+  parser.add_argument("--channels", type=int, default=256, help="of branches")
+  parser.add_argument("--instances", type=int, default=64, help="an image")
   parser.add_argument("--things", type=int, default=20)
   parser.add_argument("--stuff", type=int, default=33)
   parser.add_argument("--turns", type=int, default=20)
@@ -64,6 +66,7 @@ def main() -> None:
   if args.small:
     args.canvases, args.proposals, args.batch = ("160x224",), 128, 2
     args.width, args.turns, args.precision = 256, 5, "float32"
+    args.channels, args.instances = 64, 8
   rate = matmul_rate(args)
   print(f"{jax.devices()[0].device_kind}: {rate / 1e12:.2f} teraflops")
   rows = []
@@ -130,6 +133,8 @@ def our_step(args, canvas) -> dict:
   config = base.get_config()
   config.backbone.depth = args.depth
   config.neck.widths = (args.width, args.width)
+  config.instance.channels = config.semantic.channels = args.channels
+  config.losses.instances_per_image = args.instances
   config.proposals.max_proposals = args.proposals
   config.train.batch_size = args.batch
   config.train.accumulation = args.accumulation
