@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels as pk
-from jtsm_jax.models.mixed_precision import wide_bias
+from jtsm_jax.models.mixed_precision import flat_product, wide_bias
 
 MASK_SIZE = 28
 
@@ -71,6 +71,7 @@ class InstanceBranch(nn.Module):
       kernel_init=nn.initializers.normal(0.001),
       dtype=self.dtype,
       promote_dtype=wide_bias,
+      dot_general=flat_product,
       name="predictor",
     )(x)
     return x.reshape(*lead, *x.shape[1:]).astype(jnp.float32)

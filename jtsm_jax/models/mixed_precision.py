@@ -16,3 +16,26 @@ def wide_bias(
   result of the layer is float32 then; XLA fuses what follows.
   """
   return x.astype(dtype), kernel.astype(dtype), bias
+
+
+def flat_product(
+  x: jax.Array,
+  kernel: jax.Array,
+  dimension_numbers: object,
+  *,
+  precision: jax.lax.PrecisionLike = None,
+  preferred_element_type: jnp.dtype | None = None,
+) -> jax.Array:
+  """`dot_general` of Flax's Dense, [..., D] by [D, E], with one leading axis.
+
+  The gradient of the kernel sums over the leading axes. Where they are several,
+  XLA for CPUs sums bfloat16 in bfloat16 (jax 0.12).
+  """
+  del dimension_numbers  # always the last axis and the first one
+  result = jnp.matmul(
+    x.reshape(-1, x.shape[-1]),
+    kernel,
+    precision=precision,
+    preferred_element_type=preferred_element_type,
+  )
+  return result.reshape(*x.shape[:-1], kernel.shape[-1])

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jtsm_jax.models.mixed_precision import wide_bias
+from jtsm_jax.models.mixed_precision import flat_product, wide_bias
 from jtsm_jax.types import MiningOutputs
 
 SCORE_EPSILON = 1e-6
@@ -69,6 +69,7 @@ class Neck(nn.Module):
         bias_init=nn.initializers.constant(0.1),
         dtype=self.dtype,
         promote_dtype=wide_bias,
+        dot_general=flat_product,
         name=f"fc{i + 1}",
       )(x)
       x = dropout(streams[i + 1], nn.relu(x), rate=self.dropout, first=first)
@@ -146,7 +147,7 @@ class MiningHeads(nn.Module):
       dtype=self.dtype,
       promote_dtype=wide_bias,
       dot_general=functools.partial(
-        jax.lax.dot_general, preferred_element_type=jnp.float32
+        flat_product, preferred_element_type=jnp.float32
       ),
     )
     classify = dense(self.num_classes, kernel_init=init, name="mil_classes")

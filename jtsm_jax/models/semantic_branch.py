@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jtsm_jax.models.mixed_precision import wide_bias
+from jtsm_jax.models.mixed_precision import flat_product, wide_bias
 
 
 class SemanticBranch(nn.Module):
@@ -42,6 +42,7 @@ class SemanticBranch(nn.Module):
       kernel_init=nn.initializers.normal(0.01),
       dtype=self.dtype,
       promote_dtype=wide_bias,
+      dot_general=flat_product,
       name="predictor",
     )(x)
     return x.astype(jnp.float32)
