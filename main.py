@@ -94,6 +94,8 @@ _PROCESS_ID = flags.DEFINE_integer(
   "process_id", None, "Number of this process, from 0, for --distributed."
 )
 
+_AGAIN = 3  # seconds after which a SIGTERM that was not heeded is raised again
+
 
 def main(argv: list[str]) -> None:
   """Checks the flags and runs the mode."""
@@ -156,6 +158,7 @@ def main(argv: list[str]) -> None:
     )
     if _stops_well():  # all is done, also if one comes while Python ends
       signal.signal(signal.SIGTERM, signal.SIG_IGN)
+      signal.alarm(0)
   except KeyboardInterrupt:
     print(
       "\nstopped; the same command goes on from what is on disk",
@@ -203,10 +206,20 @@ def _terminate_as_interrupt() -> list[int]:
 
   def interrupt(number: int, frame: object) -> NoReturn:
     del frame
-    received.append(number)
+    if not received:
+      received.append(number)
+    # Where it comes within a callback, of the garbage collector for example,
+    # Python drops what is raised: so it is raised again.
+    signal.alarm(_AGAIN)
     raise KeyboardInterrupt
 
-  signal.signal(signal.SIGTERM, interrupt)
+  def tell_unraisable(unraisable: object) -> None:
+    if unraisable.exc_type is not KeyboardInterrupt:
+      sys.__unraisablehook__(unraisable)
+
+  for number in (signal.SIGTERM, signal.SIGALRM):
+    signal.signal(number, interrupt)
+  sys.unraisablehook = tell_unraisable
   return received
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -11,6 +12,8 @@ import jax
 from jax.experimental import multihost_utils
 
 from jtsm_jax.console import say
+
+_AGAIN = 3  # seconds after which a signal that was not heeded is raised again
 
 
 class Stopped(Exception):  # noqa: N818 (no error)
@@ -39,26 +42,41 @@ class Stopping:
     self._signal = None
     self._defers = False
     self._handlers = {}
+    self._unraisable = sys.unraisablehook
 
   def __enter__(self) -> Stopping:
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and jax.process_count() == 1:
-      for number in (signal.SIGTERM, signal.SIGINT):
+      for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         self._handlers[number] = signal.signal(number, self._note)
+      self._unraisable = sys.unraisablehook
+      sys.unraisablehook = self._tell_unraisable
     return self
 
   def __exit__(self, *_) -> None:
+    if self._handlers:
+      signal.alarm(0)
+      sys.unraisablehook = self._unraisable
     for number, handler in self._handlers.items():
       signal.signal(number, handler)
 
   def _note(self, number: int, frame: object) -> None:
     del frame
+    if number == signal.SIGALRM:  # for a signal that came before
+      if self._signal is not None and self._defers:
+        return
+      number = self._signal or signal.SIGTERM
     first, self._signal = self._signal is None, number
     if not self._defers or not first:
       # Where it comes within a callback, of the garbage collector for example,
-      # Python drops what is raised: so it is noted, too.
+      # Python drops what is raised: so it is noted, and raised again.
+      signal.alarm(_AGAIN)
       raise Stopped(number)
     say(f"train: {signal.Signals(number).name}: stops after this step")
+
+  def _tell_unraisable(self, unraisable: object) -> None:
+    if unraisable.exc_type is not Stopped:
+      self._unraisable(unraisable)
 
   def defer(self) -> None:
     """From now on a signal waits until it is asked for."""
@@ -76,6 +94,8 @@ class Stopping:
       yield
     finally:
       self._defers = True
+    if self._signal is not None:
+      raise Stopped(self._signal)
 
   def asked(self, step: int) -> int | None:
     """The signal, if the run is to stop after `step`; ask after every step."""

@@ -3,7 +3,9 @@
 import gc
 import os
 import signal
+import sys
 import threading
+import time
 
 import pytest
 
@@ -63,28 +65,75 @@ def test_after_it_signals_wait_again():
     assert stopping.asked(1) == signal.SIGTERM
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_one_within_a_callback_is_not_lost():
-  """Python drops what is raised there; JAX has such a callback."""
+def drop():
+  """Sends a SIGTERM in a callback: Python drops what is raised there.
+
+  JAX has such a callback.
+  """
 
   def callback(phase, info):
     if phase == "stop":
       send(signal.SIGTERM)
 
-  def collect():
-    gc.callbacks.append(callback)
-    gc.collect()
-    gc.callbacks.remove(callback)
+  gc.callbacks.append(callback)
+  gc.collect()
+  gc.callbacks.remove(callback)
 
+
+# Also of an exception that was dropped pytest would tell, as Python does.
+
+
+def test_one_within_a_callback_is_not_lost():
   with Stopping() as stopping:
-    collect()
+    drop()
     with pytest.raises(Stopped):
       stopping.defer()
   with Stopping() as stopping:
     stopping.defer()
-    with stopping.at_once():
-      collect()
+    with pytest.raises(Stopped), stopping.at_once():
+      drop()
+
+
+def test_one_within_a_callback_is_raised_again():
+  with Stopping():
+    drop()
+    with pytest.raises(Stopped):
+      time.sleep(60)
+
+
+def test_what_is_being_saved_is_not_interrupted_again(monkeypatch):
+  alarms = []
+  monkeypatch.setattr(signal, "alarm", alarms.append)
+  with Stopping() as stopping:
+    stopping.defer()
+    with pytest.raises(Stopped), stopping.at_once():
+      send(signal.SIGTERM)
+    assert alarms == [3]
+    send(signal.SIGALRM)  # in the cleaning up
+  assert alarms == [3, 0]
+
+
+def test_an_alarm_from_before_is_for_a_sigterm(capsys):
+  with Stopping() as stopping:
+    stopping.defer()
+    send(signal.SIGALRM)
     assert stopping.asked(1) == signal.SIGTERM
+  assert "SIGTERM: stops after this step" in capsys.readouterr().out
+
+
+def test_other_faults_in_callbacks_are_told(monkeypatch):
+  told = []
+  monkeypatch.setattr(sys, "unraisablehook", told.append)
+
+  def callback(phase, info):
+    if phase == "stop":
+      raise ValueError
+
+  with Stopping():
+    gc.callbacks.append(callback)
+    gc.collect()
+    gc.callbacks.remove(callback)
+  assert [x.exc_type for x in told] == [ValueError]
 
 
 def test_handlers_are_put_back():
