@@ -75,7 +75,14 @@ def tps_pool(
     sources = jnp.matmul(spline, control, precision=lax.Precision.HIGHEST)
     samples = _bilinear(features, sources)
     samples = samples.reshape(oh, samples_per_bin, ow, samples_per_bin, -1)
-    return jnp.where(exists, samples.max((1, 3)), 0).astype(features.dtype)
+    samples = jnp.moveaxis(samples, 1, 2).reshape(
+      oh, ow, samples_per_bin**2, -1
+    )
+    # By index: the gradient of `max` looks for samples that equal it, and finds
+    # none where the backward pass computes them anew and rounds otherwise.
+    best = lax.stop_gradient(samples).argmax(2, keepdims=True)
+    pooled = jnp.take_along_axis(samples, best, axis=2)[:, :, 0]
+    return jnp.where(exists, pooled, 0).astype(features.dtype)
 
   return lax.map(pool, (masks, boxes))
 

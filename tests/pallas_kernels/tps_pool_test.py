@@ -128,7 +128,9 @@ def test_degenerate_segments():
 
 def test_gradient_is_that_of_finite_differences():
   rng = np.random.default_rng(2)
-  features = jnp.asarray(rng.permutation(6 * 7).reshape(6, 7, 1) / 4.0)
+  # No two samples of a bin are equal, or nearly so: the maximum would have a
+  # kink there.
+  features = jnp.asarray(10 * rng.normal(size=(6, 7, 1)), jnp.float32)
   masks = np.ones((2, 6, 7), bool)
   masks[1, :3] = False
   boxes = np.array([[0, 1, 4, 6], [1, 0, 5, 5]], np.int32)
@@ -141,6 +143,20 @@ def test_gradient_is_that_of_finite_differences():
     rtol=1e-2,
     atol=1e-2,
   )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_gradient_of_each_bin_is_shared_among_four_cells(seed):
+  """The backward pass rounds otherwise: `max` lost parts of it."""
+  rng = np.random.default_rng(seed)
+  features = jnp.asarray(10 * rng.normal(size=(6, 7, 1)), jnp.float32)
+  masks = np.ones((2, 6, 7), bool)
+  boxes = np.array([[0, 1, 4, 6], [1, 0, 5, 5]], np.int32)
+  jacobian = jax.jit(
+    jax.jacrev(lambda f: tps_pool(f, masks, boxes, output_size=(2, 3)))
+  )(features)[..., 0, :, :, 0]
+  np.testing.assert_allclose(jacobian.sum((-1, -2)), 1, rtol=1e-5)
+  assert (np.count_nonzero(jacobian, axis=(-1, -2)) <= 4).all()
 
 
 def test_vmap_bfloat16_and_no_proposals():
