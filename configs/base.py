@@ -38,10 +38,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.shapes.num_val = 120
   c.data.shapes.side = 160
   # Each step draws one canvas; images are scaled into it. Section 4.1: short
-  # sides 480 to 1216 by 32; here every second, at 3 : 4 both ways.
+  # sides 480 to 1216 by 32; here twelve of them, at 3 : 4 both ways.
   c.data.canvases = tuple(
     canvas
-    for short in range(480, 1217, 64)
+    for short in (*range(480, 1184, 64), 1216)
     for canvas in (
       (short, -(-short * 4 // 3) // 32 * 32),
       (-(-short * 4 // 3) // 32 * 32, short),
@@ -92,7 +92,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   # Proposal features (section 3.3).
   c.pooling = ml_collections.ConfigDict()
-  c.pooling.kind = "moi"  # or "roi", "roi_align" (Table 1)
+  # Table 1: or "tps" (shape-interpolation MoIPool), "roi", "roi_align".
+  c.pooling.kind = "moi"
   c.pooling.output_size = (7, 7)
   c.pooling.compensation = "bins"  # Eq. 7: "bins", "official", "features", ""
   c.pooling.availability = "any"  # Eq. 6: "any" or "coverage"
@@ -110,6 +111,13 @@ def get_config() -> ml_collections.ConfigDict:
   c.heads = ml_collections.ConfigDict()
   c.heads.num_refinements = 4  # n_r (Table 3)
   c.heads.zero_init = False
+
+  # A classifier of cells that learns from tags; part of no paper, see
+  # docs/beyond_the_paper.md.
+  c.cells = ml_collections.ConfigDict()
+  c.cells.enabled = False
+  c.cells.dropout = 0.5
+  c.cells.gain = 10.0  # factor on its logits: how fast it learns
 
   # Mining, see jtsm_jax.mining.labels.mine.
   c.mining = ml_collections.ConfigDict()
@@ -144,6 +152,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.losses.instances_per_image = 64
   c.losses.weight_instances = True  # y of Eq. 9; False in the authors' code
   c.losses.mask_stride = 4  # canvas pixels per cell of a pseudo mask
+  # Least share of an image that belongs to each tagged thing, and to each kind
+  # of tagged stuff, for the cell head.
+  c.losses.cell_shares = (0.12, 0.25)
 
   # Training (section 4.1).
   c.train = ml_collections.ConfigDict()
@@ -225,6 +236,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.evaluation.ema = False  # the averaged weights, also for predict and export
   c.evaluation.voc_metric = "area"  # of boxes; "11point" for VOC 2007
   c.evaluation.calibrate = False  # class thresholds from the training tags
+  # Each thing that an image shows, by those thresholds, is in its panoptic map.
+  c.evaluation.show_present = False
   c.evaluation.mil_share = 0.0  # of S^MIL in the average of the heads
   c.evaluation.mask_share = 1.0  # of the instance branch, against proposals
   c.evaluation.semantic_share = 1.0  # of the semantic branch, against votes

@@ -23,6 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.proposals.num_superpixels = 300
   c.proposals.max_proposals = 400
   c.pooling.reduce = "mean"
+  c.cells.enabled = True
   c.train.steps = 1000
   c.train.boundaries = (700,)
   c.reestimation.start = 700

@@ -43,6 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.evaluate_every = 5000  # not before the end
 
   c.evaluation.calibrate = True
+  c.evaluation.show_present = True
   c.evaluation.mil_share = 0.5
   c.evaluation.mask_share = 0.6
   c.evaluation.semantic_share = 0.5

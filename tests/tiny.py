@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jtsm_jax.models.cell_head import CellHead
 from jtsm_jax.models.features import FeatureExtractor
 from jtsm_jax.models.instance_branch import InstanceBranch
 from jtsm_jax.models.jtsm import JTSM
@@ -60,6 +61,7 @@ def make_model(
   average=False,
   instance=True,
   semantic=True,
+  cells=False,
   dtype=jnp.float32,
 ):
   """A whole model on the backbone above."""
@@ -99,6 +101,9 @@ def make_model(
     else None,
     semantic=SemanticBranch(num_stuff=NUM_STUFF, channels=4, dtype=dtype)
     if semantic
+    else None,
+    cells=CellHead(num_classes=K, dropout=dropout, gain=2.0, dtype=dtype)
+    if cells
     else None,
   )
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtsm_jax.evaluation.voc_detection import box_iou
+from jtsm_jax.mining import cells
 from jtsm_jax.models import proposal_blocks
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.types import Array, Batch, Detections, Proposals
@@ -99,6 +100,10 @@ def make_score_step(
   The refinement heads are averaged (section 3.2); without any, S^MIL is used,
   normalised so that the best proposal of a class has the class's image score.
 
+  With a cell head the scores are multiplied by how well a proposal matches the
+  map of the class, and the semantic probabilities are the mean of the semantic
+  branch's and of the maps.
+
   Args:
     model: the model.
     mil_share: weight of the normalised S^MIL in the average; the paper has 0.
@@ -131,6 +136,18 @@ def make_score_step(
       semantic = jax.nn.softmax(
         model.apply(variables, features, method="semantic_logits")
       )
+    if model.cells is not None:
+      maps = cells.class_maps(
+        model.apply(variables, features, method="cell_logits"),
+        model.inside(features, batch.size),
+      )
+      scores *= cells.map_overlap(maps, batch)
+      if semantic is not None:
+        num_things = maps.shape[-1] + 1 - semantic.shape[-1]
+        thing = maps[..., :num_things].sum(-1, keepdims=True)
+        stuff = maps[..., num_things:]
+        maps = jnp.concatenate([thing, stuff], axis=-1)
+        semantic = (semantic + maps) / 2
     return Scores(
       proposals=jnp.where(batch.valid[..., None], scores, 0.0),
       image=outputs.image_scores,

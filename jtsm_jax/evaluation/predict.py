@@ -49,6 +49,9 @@ class PredictionSettings:
       1 takes the branch alone (paper).
     semantic_share: weight of the semantic branch against the votes of the
       proposals; 1 takes the branch alone (paper).
+    show_present: a thing that the image shows, by the threshold of its image
+      score, is in the panoptic map: its scores are raised so that the best one
+      reaches `fusion.instance_score`.
     detection: see there.
     fusion: see there.
   """
@@ -60,6 +63,7 @@ class PredictionSettings:
   flip: bool = False
   mask_share: float = 1.0
   semantic_share: float = 1.0
+  show_present: bool = False
   detection: DetectionSettings = dataclasses.field(
     default_factory=DetectionSettings
   )
@@ -132,9 +136,10 @@ def predict(
           scores[i, : len(proposals)] / calibration.score_scale, 1.0
         )
         calibrated = calibrated * present
-        detections = detect(
-          calibrated[:, :num_things], proposals, settings=settings.detection
-        )
+        things = calibrated[:, :num_things]
+        if settings.show_present:
+          things = raise_to(things, settings.fusion.instance_score)
+        detections = detect(things, proposals, settings=settings.detection)
         found.append((i, proposals, y, present, calibrated, detections))
       box_masks = None
       if steps.masks is not None and settings.mask_share > 0:
@@ -168,6 +173,20 @@ def predict(
         index = int(views[0].batch.image_index[i])
         yield Prediction(index, panoptic, detections, calibrated, y)
         bar.update()
+
+
+def raise_to(scores: np.ndarray, least: float) -> np.ndarray:
+  """Multiplies the scores of each class so that its best one reaches `least`.
+
+  Args:
+    scores: [P, T] float32. Classes whose best score is 0, or is enough, keep
+      theirs.
+    least: in [0, 1].
+  """
+  best = scores.max(0, initial=0)
+  # A little more, so that rounding does not take it below.
+  factor = least * (1 + 1e-6) / np.maximum(best, 1e-12)
+  return scores * np.where((best > 0) & (best < least), factor, 1)
 
 
 def learn_calibration(

@@ -6,8 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jtsm_jax.models.cell_head import CellHead
 from jtsm_jax.models.colours import coloured_images
-from jtsm_jax.models.features import FeatureExtractor
+from jtsm_jax.models.features import FeatureExtractor, cells_inside
 from jtsm_jax.models.instance_branch import InstanceBranch
 from jtsm_jax.models.neck_and_heads import MiningHeads, Neck, TagHead
 from jtsm_jax.models.proposal_features import ProposalFeatures
@@ -20,7 +21,8 @@ class JTSM(nn.Module):
 
   Each method is one branch and takes what the one before returned; nothing is
   stored on the module. A branch that a task does not need is None: instance
-  segmentation drops `semantic`, detection drops both.
+  segmentation drops `semantic`, detection drops both. `cells` is no part of the
+  paper, see `mining.cells`.
   """
 
   extractor: FeatureExtractor
@@ -30,6 +32,7 @@ class JTSM(nn.Module):
   tag_head: TagHead
   instance: InstanceBranch | None
   semantic: SemanticBranch | None
+  cells: CellHead | None = None
 
   def features(self, batch: Batch) -> jax.Array:
     """The feature map [B, Hf, Wf, C]: cached, or from the images."""
@@ -88,13 +91,19 @@ class JTSM(nn.Module):
     """Logits [B, Hf, Wf, 1 + stuff]; 0 = a thing."""
     return self.semantic(features)
 
+  def cell_logits(
+    self, features: jax.Array, *, keys: jax.Array | None = None
+  ) -> jax.Array:
+    """Logits [B, Hf, Wf, K] of the cells; `keys` [B] are for dropout."""
+    return self.cells(features.astype(self.extractor.dtype), keys=keys)
+
   def tag_logits(self, stages: jax.Array, size: jax.Array) -> jax.Array:
     """Tag logits [B, K] of images of `size` [B, 2] on the canvas."""
-    stride = self.extractor.stride
-    y = jnp.arange(stages.shape[1]) * stride
-    x = jnp.arange(stages.shape[2]) * stride
-    inside = (y < size[:, :1])[:, :, None] & (x < size[:, 1:])[:, None, :]
-    return self.tag_head(stages, inside)
+    return self.tag_head(stages, self.inside(stages, size))
+
+  def inside(self, features: jax.Array, size: jax.Array) -> jax.Array:
+    """[B, Hf, Wf] bool: cells in images of `size` [B, 2] on the canvas."""
+    return cells_inside(size, features.shape[1:3], stride=self.extractor.stride)
 
   def __call__(self, batch: Batch) -> None:
     """Touches every branch, so that `init` makes all variables."""
@@ -105,3 +114,5 @@ class JTSM(nn.Module):
       self.instance_logits(features, batch.boxes[:, :1])
     if self.semantic is not None:
       self.semantic_logits(features)
+    if self.cells is not None:
+      self.cell_logits(features)

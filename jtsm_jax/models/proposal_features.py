@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,7 +23,8 @@ class ProposalFeatures(nn.Module):
 
   Attributes:
     stride: pixels per cell of the feature map.
-    pooling: "moi" (masked), "roi" (RoIPool) or "roi_align".
+    pooling: "moi" (masked), "tps" (masked, the segment bent into its box),
+      "roi" (RoIPool) or "roi_align".
     output_size: bins, rows and columns.
     compensation: of MoIPool, see `pallas_kernels.moi_pool`; the mean over bins
       has no use for it.
@@ -66,39 +70,38 @@ class ProposalFeatures(nn.Module):
   def pool(self, features: jax.Array, batch: Batch) -> list[jax.Array]:
     """The pooled part and, if asked for, the averaged part: [B, P, Di] each."""
 
-    def pool(*arrays):
-      # Image by image is faster where nothing runs in parallel anyhow.
-      return jax.lax.platform_dependent(
-        *arrays,
-        cpu=lambda *a: jax.lax.map(lambda image: self._pool_image(*image), a),
-        default=jax.vmap(self._pool_image),
-      )
-
-    # XLA cannot split the loops of the pooling over devices by itself.
-    mesh = jax.sharding.get_abstract_mesh()
-    if "data" in mesh.axis_names and mesh.shape["data"] > 1:
-      spec = PartitionSpec("data")
-      pool = jax.shard_map(pool, in_specs=spec, out_specs=spec, check_vma=False)
-    return pool(features, batch.superpixels, batch.membership, batch.boxes)
+    return for_each_image(
+      self._pool_image,
+      features,
+      batch.superpixels,
+      batch.membership,
+      batch.boxes,
+    )
 
   def _pool_image(self, features, superpixels, membership, boxes):
     grid = pk.grid_boxes(boxes, stride=self.stride)
-    if self.pooling == "moi":
+    # Rectangles have no bin to leave out.
+    bins = jnp.ones((len(boxes), *self.output_size), bool)
+    if self.pooling in ("moi", "tps"):
       weights = pk.superpixel_coverage(
         superpixels, membership, stride=self.stride
       )
       masks = pk.available_cells(weights, grid, availability=self.availability)
-      pooled = pk.moi_pool(
-        features,
-        masks,
-        grid,
-        output_size=self.output_size,
-        compensation=self.compensation if self.reduce == "flatten" else None,
-      )
-      bins = pk.available_bins(masks, grid, output_size=self.output_size)
+      if self.pooling == "tps":
+        pooled = pk.tps_pool(
+          features, masks, grid, output_size=self.output_size
+        )
+      else:
+        pooled = pk.moi_pool(
+          features,
+          masks,
+          grid,
+          output_size=self.output_size,
+          compensation=self.compensation if self.reduce == "flatten" else None,
+        )
+        bins = pk.available_bins(masks, grid, output_size=self.output_size)
     else:
       weights = pk.cells_in_boxes(grid, grid_size=features.shape[:2])
-      bins = jnp.ones((len(boxes), *self.output_size), bool)
       if self.pooling == "roi":
         pooled = pk.roi_pool(features, grid, output_size=self.output_size)
       elif self.pooling == "roi_align":
@@ -107,7 +110,8 @@ class ProposalFeatures(nn.Module):
         )
       else:
         raise ValueError(
-          f"pooling is {self.pooling!r}; wanted 'moi', 'roi' or 'roi_align'"
+          f"pooling is {self.pooling!r}; wanted 'moi', 'tps', 'roi' or "
+          "'roi_align'"
         )
     if self.reduce == "flatten":
       parts = [pooled.reshape(len(boxes), -1)]
@@ -127,6 +131,30 @@ class ProposalFeatures(nn.Module):
     ).value
     scale = self.variable("constants", f"scale_{index}", jnp.ones, ()).value
     return (part - mean) / scale
+
+
+def for_each_image(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+  """`function` of each image of a batch, on the devices that have its images.
+
+  Args:
+    function: from arrays without the axis B to a tree of such arrays.
+    *arrays: [B, ...].
+  """
+
+  def apply(*arrays):
+    # Image by image is faster where nothing runs in parallel anyhow.
+    return jax.lax.platform_dependent(
+      *arrays,
+      cpu=lambda *a: jax.lax.map(lambda image: function(*image), a),
+      default=jax.vmap(function),
+    )
+
+  # XLA cannot split loops over devices by itself.
+  mesh = jax.sharding.get_abstract_mesh()
+  if "data" in mesh.axis_names and mesh.shape["data"] > 1:
+    spec = PartitionSpec("data")
+    apply = jax.shard_map(apply, in_specs=spec, out_specs=spec, check_vma=False)
+  return apply(*arrays)
 
 
 def area_share(superpixels: jax.Array, membership: jax.Array) -> jax.Array:

@@ -85,6 +85,7 @@ def prediction_settings(config: Config) -> PredictionSettings:
     flip=e.flip,
     mask_share=e.mask_share,
     semantic_share=e.semantic_share,
+    show_present=e.show_present,
     detection=DetectionSettings(
       nms_iou=e.nms_iou,
       nms_kind=e.nms_kind,

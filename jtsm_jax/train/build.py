@@ -26,6 +26,7 @@ from jtsm_jax.data.pipeline import MAX_SUPERPIXELS
 from jtsm_jax.data.prepared import RecordSource
 from jtsm_jax.mining.labels import slots_needed
 from jtsm_jax.mining.masks import MaskReestimator
+from jtsm_jax.models.cell_head import CellHead
 from jtsm_jax.models.features import FeatureExtractor
 from jtsm_jax.models.instance_branch import InstanceBranch
 from jtsm_jax.models.jtsm import JTSM
@@ -79,7 +80,7 @@ CHOICES = {
   "backbone.name": tuple(STAGES),
   "backbone.depth": tuple(resnet_ws.BLOCKS),
   "backbone.norm": ("frozen", "batch", "group"),
-  "pooling.kind": ("moi", "roi", "roi_align"),
+  "pooling.kind": ("moi", "tps", "roi", "roi_align"),
   "pooling.compensation": ("bins", "official", "features", ""),
   "pooling.availability": ("any", "coverage"),
   "pooling.reduce": ("flatten", "mean"),
@@ -161,6 +162,11 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
     raise InputError(
       "config.evaluation.ema asks for the average of the weights, and "
       "config.train.ema_decay = 0 keeps none"
+    )
+  if config.evaluation.show_present and not config.evaluation.calibrate:
+    raise InputError(
+      "config.evaluation.show_present needs the thresholds that say what an "
+      "image shows: set config.evaluation.calibrate=True, too"
     )
   if config.data.colour_factor < 1:
     raise InputError(
@@ -260,6 +266,14 @@ def build_model(
       num_stuff=num_stuff, channels=config.semantic.channels, dtype=dtype
     )
     if config.semantic.enabled and num_stuff and config.task == "panoptic"
+    else None,
+    cells=CellHead(
+      num_classes=len(categories),
+      dropout=config.cells.dropout,
+      gain=config.cells.gain,
+      dtype=dtype,
+    )
+    if config.cells.enabled
     else None,
   )
 
@@ -450,7 +464,7 @@ def main_optimizer(
     momentum=c.momentum,
     weight_decay=c.weight_decay,
     bias_lr_factor=c.bias_lr_factor,
-    trained=("extractor", "neck", "heads", "instance", "semantic"),
+    trained=("extractor", "neck", "heads", "instance", "semantic", "cells"),
     frozen=frozen,
   )
 

@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from jtsm_jax.losses import mil, refinement, segmentation
-from jtsm_jax.mining import labels
+from jtsm_jax.losses.cells import cell_loss
+from jtsm_jax.mining import cells, labels
 from jtsm_jax.models import proposal_blocks
 from jtsm_jax.models.instance_branch import MASK_SIZE
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.models.proposal_features import area_share
+from jtsm_jax.train import random_keys
 from jtsm_jax.types import Batch, Mined, PseudoMasks
 
 Metrics = dict[str, jax.Array]
@@ -47,6 +49,8 @@ class LossSettings:
   instances_per_image: int = 64
   weight_instances: bool = True  # Eq. 9; the authors' code does not
   mask_stride: int = 4  # canvas pixels per cell of a pseudo mask
+  # Least share of an image that belongs to a tagged thing, and to tagged stuff.
+  cell_shares: tuple[float, float] = (0.12, 0.25)
 
 
 class MiningCounts(NamedTuple):
@@ -54,11 +58,13 @@ class MiningCounts(NamedTuple):
 
   Attributes:
     images: examples that are no padding.
+    tagged: images with tags.
     proposing: images with proposals.
     proposals: valid proposals.
   """
 
   images: jax.Array
+  tagged: jax.Array
   proposing: jax.Array
   proposals: jax.Array
 
@@ -67,6 +73,7 @@ def mining_counts(batch: Batch) -> MiningCounts:
   """The counts of a whole batch."""
   return MiningCounts(
     images=(batch.image_index >= 0).sum(),
+    tagged=batch.tags.any(1).sum(),
     proposing=batch.valid.any(1).sum(),
     proposals=batch.valid.sum(),
   )
@@ -84,6 +91,10 @@ def mining_loss(
   proposal_block: int = 0,
 ) -> tuple[jax.Array, tuple[Metrics, Mined, jax.Array]]:
   """L_PM (Eq. 4) of a batch, or the share of a part of it.
+
+  With a cell head its loss is added. The first refinement head then learns from
+  what matches the maps of the tagged classes, in place of S^MIL, and the last
+  mining looks at both.
 
   Args:
     model: the model.
@@ -123,6 +134,20 @@ def mining_loss(
   metrics = {"loss/mil": loss}
   # Head r learns from the scores of the head before it; S^MIL is the first.
   scores = outputs.mil_scores
+  if model.cells is not None:
+    logits = model.apply(
+      variables,
+      features,
+      keys=random_keys.branch_off(keys),
+      method="cell_logits",
+    )
+    inside = model.inside(features, batch.size)
+    term, overlap = _learn_cells(
+      logits, inside, batch, counts=counts, mining=mining, losses=losses
+    )
+    metrics["loss/cells"] = term
+    loss += term
+    scores = overlap
   for r, logits in enumerate(outputs.refinement_logits):
     mined = labels.mine(scores, outputs.image_scores, batch, **options)
     term = refinement.refinement_loss(
@@ -140,8 +165,21 @@ def mining_loss(
     )
     loss += term
     scores = jax.nn.softmax(logits)
+  if model.cells is not None and outputs.refinement_logits:
+    scores = scores[..., :-1] * overlap
   mined = labels.mine(scores, outputs.image_scores, batch, **options)
   return loss, (metrics, mined, outputs.image_scores)
+
+
+def _learn_cells(logits, inside, batch, *, counts, mining, losses):
+  """The loss of the cell head, and how its maps match the proposals."""
+  constant = jax.lax.stop_gradient(logits)
+  is_thing = jnp.arange(batch.tags.shape[1]) < mining.num_things
+  shares = jnp.where(is_thing, *losses.cell_shares)
+  targets = cells.assign_cells(constant, batch.tags, inside, shares)
+  term = cell_loss(logits, targets, count=counts.tagged)
+  maps = cells.class_maps(constant, inside, batch.tags)
+  return term, cells.map_overlap(maps, batch)
 
 
 def mining_metrics(

@@ -18,3 +18,9 @@ def image_keys(
   """
   key = jax.random.fold_in(jax.random.fold_in(key, step), stream)
   return jax.vmap(lambda index: jax.random.fold_in(key, index))(image_index)
+
+
+def branch_off(keys: jax.Array) -> jax.Array:
+  """Other keys [B] than those that the neck derives from `keys` [B]."""
+  number = 2**31  # the neck counts from 0
+  return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)

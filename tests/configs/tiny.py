@@ -62,5 +62,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     c.backbone.norm = "batch"
     c.backbone.projection = 8
     c.pooling.center = True
+    c.cells.enabled = True
     c.reestimation.lag = 2
   return c

@@ -12,6 +12,7 @@ from jtsm_jax.evaluation.inference import (
   paste_masks,
   superpixel_votes,
 )
+from jtsm_jax.mining import cells
 from jtsm_jax.types import Proposals, pack_members
 from tests import tiny
 
@@ -143,6 +144,28 @@ def test_scores_are_the_mean_of_the_heads_or_the_scaled_mil_scores(
   assert not found.proposals[0, 9:].any()
   np.testing.assert_allclose(found.image, outputs.image_scores, rtol=1e-5)
   np.testing.assert_allclose(found.semantic.sum(-1), 1, rtol=1e-5)
+
+
+def test_maps_of_cells_have_a_say():
+  model, batch = tiny.make_model(cells=True), tiny.make_batch()
+  variables = tiny.make_variables(model, batch)
+  found = make_score_step(model)(variables, batch)
+  without = make_score_step(model.clone(cells=None))(variables, batch)
+  features = model.apply(variables, batch, method="features")
+  logits = model.apply(variables, features, method="cell_logits")
+  inside = model.inside(features, batch.size)
+  maps = cells.class_maps(logits, inside)
+  np.testing.assert_allclose(
+    found.proposals,
+    without.proposals * cells.map_overlap(maps, batch),
+    rtol=1e-4,
+    atol=1e-7,
+  )
+  stuff = (without.semantic[..., 1:] + maps[..., tiny.NUM_THINGS :]) / 2
+  np.testing.assert_allclose(found.semantic[..., 1:], stuff, atol=1e-5)
+  np.testing.assert_allclose(
+    found.semantic.sum(-1), np.where(inside, 1, 0.5), rtol=1e-5
+  )
 
 
 @pytest.mark.parametrize("block", [8, 16, 400])

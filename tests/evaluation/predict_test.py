@@ -1,5 +1,6 @@
 """The whole prediction on a toy model, against what its scores say."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -198,6 +199,61 @@ def test_box_masks_are_the_mean_of_all_views(toy):
       wanted.append(mask[:, ::-1] if view.batch.flip[i] else mask)
     assert len(wanted) == 4
     np.testing.assert_allclose(found[i][n], np.mean(wanted, 0), atol=1e-5)
+
+
+def test_scores_are_raised_to_what_is_shown():
+  scores = np.array([[0.2, 0.0, 0.1, 0.7], [0.1, 0.0, 0.0, 0.2]], np.float32)
+  found = predict_lib.raise_to(scores, 0.5)
+  wanted = [[0.5, 0, 0.5, 0.7], [0.25, 0, 0, 0.2]]
+  np.testing.assert_allclose(found, wanted, rtol=1e-5)
+  assert (found[0, [0, 2]] >= 0.5).all()
+  assert predict_lib.raise_to(scores[:0], 0.5).shape == (0, 4)
+
+
+def test_what_is_shown_has_a_segment(toy):
+  steps, source, store = toy
+  # Scores of 1e-3 of the best: without help nothing is sure enough.
+  neutral = ClassCalibration.neutral(tiny.K)
+  image = np.stack(
+    [
+      p.image_scores
+      for p in predict_lib.predict(
+        steps,
+        source,
+        store,
+        calibration=neutral,
+        num_things=tiny.NUM_THINGS,
+        settings=SETTINGS,
+      )
+    ]
+  )
+  calibration = dataclasses.replace(
+    neutral,
+    score_scale=np.full(tiny.K, 1e3, np.float32),
+    tag_threshold=np.where(np.arange(tiny.K) == 1, image[:, 1].min(), 2).astype(
+      np.float32
+    ),
+  )
+
+  def categories(show_present):
+    detection = dataclasses.replace(SETTINGS.detection, min_score=0)
+    settings = dataclasses.replace(
+      SETTINGS, show_present=show_present, mask_share=0, detection=detection
+    )
+    return [
+      {s.category for s in p.panoptic.segments if s.is_thing}
+      for p in predict_lib.predict(
+        steps,
+        source,
+        store,
+        calibration=calibration,
+        num_things=tiny.NUM_THINGS,
+        settings=settings,
+      )
+    ]
+
+  assert categories(show_present=False) == [set()] * 3
+  assert all(1 in found for found in categories(show_present=True))
 
 
 def test_each_image_is_predicted_once(toy):

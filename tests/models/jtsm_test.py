@@ -42,6 +42,7 @@ def test_tasks_without_a_branch(instance, semantic):
   params = jax.eval_shape(model.init, jax.random.key(0), BATCH)["params"]
   assert ("instance" in params) == instance
   assert ("semantic" in params) == semantic
+  assert "cells" not in params
 
 
 def test_cached_features_replace_the_images():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels as pk
 from jtsm_jax.models.proposal_features import (
   ProposalFeatures,
   area_share,
@@ -90,6 +91,22 @@ def test_box_pooling_averages_over_the_box():
   mean = mean / inside.sum((2, 3))[..., None]
   expected = np.concatenate([pooled.reshape(2, tiny.P, -1), mean], -1)
   found = _apply(pooling="roi", average=True)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduce", ["flatten", "mean"])
+def test_interpolated_segments_are_pooled_like_rectangles(reduce):
+  masks, _, boxes = _cases()
+  pooled = np.stack(
+    [
+      pk.tps_pool(FEATURES[b], masks[b], np.int32(boxes[b]), output_size=(2, 2))
+      for b in range(2)
+    ]
+  )
+  expected = pooled.reshape(2, tiny.P, -1)
+  if reduce == "mean":
+    expected = pooled.mean((2, 3))
+  found = _apply(pooling="tps", reduce=reduce)
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 

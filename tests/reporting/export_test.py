@@ -42,7 +42,7 @@ def write(folder, model, variables, **options):
 def exported(tmp_path_factory):
   """The folder and the steps that were written into it."""
   folder = tmp_path_factory.mktemp("export")
-  model = tiny.make_model()
+  model = tiny.make_model(cells=True)
   variables = tiny.make_variables(model, tiny.make_batch())
   write(folder, model, variables)
   return folder, make_steps(model, variables, mil_share=0.3)

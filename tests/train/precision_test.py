@@ -41,6 +41,7 @@ def _step(dtype):
     center=True,
     average=True,
     dropout=0.5,
+    cells=True,
     dtype=dtype,
   )
   state = _state(model)

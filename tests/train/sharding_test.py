@@ -21,7 +21,7 @@ from tests import tiny
 
 assert jax.device_count() == 4
 model = tiny.make_model(
-  frozen=False, num_refinements=1, instance=False, semantic=False
+  frozen=False, num_refinements=1, instance=False, semantic=False, cells=True
 )
 batch = tiny.make_batch(4)
 variables = dict(tiny.make_variables(model, batch))

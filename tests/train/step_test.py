@@ -96,6 +96,7 @@ TERMS = {
   "loss/mil": {"heads/mil_classes", "heads/mil_proposals", "neck/fc1"},
   "loss/refinement_1": {"heads/refinement_1", "neck/fc1"},
   "loss/refinement_2": {"heads/refinement_2", "neck/fc1"},
+  "loss/cells": {"cells/classify"},
   "loss/instance": {
     f"instance/{layer}" for layer in ("conv1", "deconv", "predictor")
   },
@@ -108,7 +109,7 @@ TERMS = {
 @functools.cache
 def _term_gradients(frozen):
   """The gradient of each term of the loss, from one compiled function."""
-  model = tiny.make_model(frozen=frozen, dropout=0.5)
+  model = tiny.make_model(frozen=frozen, dropout=0.5, cells=True)
   state = _state(model)
   mined = _mined()
   names = list(TERMS)
@@ -150,7 +151,7 @@ def test_instance_term_moves_the_channels_of_mined_things_only():
 
 def test_both_parts_of_a_step_sum_to_the_gradient_of_the_loss():
   # Eq. 1 and 4: all the terms above, with the random key of step 3.
-  model = tiny.make_model(frozen=False, dropout=0.5)
+  model = tiny.make_model(frozen=False, dropout=0.5, cells=True)
   state = _state(model).replace(step=jnp.int32(3))
   mined, pseudo = _mined()
   mining_gradients = step.make_mining_gradients(

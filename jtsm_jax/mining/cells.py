@@ -1,0 +1,121 @@
+"""Classes of cells from tags, by expectation-maximisation.
+
+S^MIL tells what is typical of a tag's images, not of its class: where sky, tree
+and building share their images, the best segment of "sky" is often a tree. A
+classifier of cells whose classes exclude one another has to decide. It learns
+from its own decisions (Papandreou et al., "Weakly- and semi-supervised learning
+of a DCNN for semantic image segmentation", 2015), which obey the tags: cells
+belong to tagged classes only, and each of these has a least share of the image
+(Pathak et al., "Constrained convolutional neural networks", 2015).
+
+Everything here is a constant for the gradient: callers pass logits through
+`jax.lax.stop_gradient`, or use the results only as targets and scores.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels as pk
+from jtsm_jax.models.proposal_features import for_each_image
+from jtsm_jax.types import Batch
+
+ROUNDS = 20
+"""Of the projection onto the least shares: enough for 1 % of the image."""
+
+MOST = 0.9
+"""Of an image that the least shares of its tags can demand together."""
+
+
+def assign_cells(
+  logits: jax.Array, tags: jax.Array, inside: jax.Array, shares: jax.Array
+) -> jax.Array:
+  """What the cells are to learn: the E-step.
+
+  Of all distributions over the tagged classes in which each class has its least
+  share of the image, the nearest to the classifier's (in the Kullback-Leibler
+  divergence): a class with too little has its logits raised.
+
+  Args:
+    logits: [B, Hf, Wf, K] float32.
+    tags: [B, K] float32, 0 or 1.
+    inside: [B, Hf, Wf] bool, cells that lie in the image.
+    shares: [K] float32 in [0, 1], the least share of each class. Where those of
+      an image's tags sum up to more than `MOST`, they shrink to it.
+
+  Returns:
+    [B, Hf, Wf, K] float32; 0 outside the image and where there is no tag.
+  """
+  return jax.vmap(_assign_image, in_axes=(0, 0, 0, None))(
+    logits, tags, inside, shares
+  )
+
+
+def _assign_image(logits, tags, inside, shares):
+  tagged = tags > 0
+  shares = jnp.where(tagged, shares, 0.0)
+  shares *= jnp.minimum(1, MOST / jnp.maximum(shares.sum(), 1e-6))
+  weight = inside[..., None].astype(jnp.float32)
+  count = jnp.maximum(weight.sum(), 1)
+
+  def distribution(bias):
+    raised = jnp.where(tagged, logits + bias, -1e30)
+    return jax.nn.softmax(raised) * weight * tagged.any()
+
+  def project(_, bias):
+    found = distribution(bias).sum((0, 1)) / count
+    wanted = jnp.log(jnp.maximum(shares, 1e-6))
+    return jnp.maximum(bias + wanted - jnp.log(jnp.maximum(found, 1e-6)), 0)
+
+  bias = jax.lax.fori_loop(0, ROUNDS, project, jnp.zeros_like(shares))
+  return distribution(bias)
+
+
+def class_maps(
+  logits: jax.Array, inside: jax.Array, tags: jax.Array | None = None
+) -> jax.Array:
+  """Probabilities [B, Hf, Wf, K] of the cells, among the tagged classes.
+
+  Args:
+    logits: [B, Hf, Wf, K] float32.
+    inside: [B, Hf, Wf] bool; 0 outside.
+    tags: [B, K]; None for all classes.
+  """
+  if tags is not None:
+    logits = jnp.where(tags[:, None, None] > 0, logits, -1e30)
+  return jax.nn.softmax(logits) * inside[..., None]
+
+
+def map_overlap(maps: jax.Array, batch: Batch) -> jax.Array:
+  """How well each proposal matches the map of each class: their soft IoU.
+
+  Args:
+    maps: [B, Hf, Wf, K] float32 in [0, 1].
+    batch: superpixels and membership are read.
+
+  Returns:
+    [B, P, K] float32 in [0, 1].
+  """
+  return for_each_image(
+    _map_overlap_image, maps, batch.superpixels, batch.membership
+  )
+
+
+def _map_overlap_image(maps, superpixels, membership):
+  num_superpixels = membership.shape[1]
+  # How much of each cell belongs to each superpixel: [S, Hf, Wf].
+  coverage = pk.superpixel_coverage(
+    superpixels,
+    jnp.eye(num_superpixels, dtype=bool),
+    stride=superpixels.shape[0] // maps.shape[0],
+  )
+  multiply = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  members = membership.astype(jnp.float32)
+  flat = coverage.reshape(num_superpixels, -1)
+  maps = maps.reshape(-1, maps.shape[-1])
+  intersection = multiply(members, multiply(flat, maps))
+  size = multiply(members, flat.sum(1))[:, None] + maps.sum(0)
+  return intersection / jnp.maximum(size - intersection, 1e-6)
