@@ -139,7 +139,7 @@ def make_score_step(
     if model.cells is not None:
       maps = cells.class_maps(
         model.apply(variables, features, method="cell_logits"),
-        model.inside(features, batch.size),
+        model.inside(batch),
       )
       scores *= cells.map_overlap(maps, batch)
       if semantic is not None:

@@ -41,7 +41,8 @@ class CellHead(nn.Module):
       features: the feature map.
       keys: [B] random keys of the images, for dropout; None at test time.
     """
-    cells = features.reshape(len(features), -1, features.shape[-1])
+    batch, *_, channels = features.shape  # a symbol, in an export
+    cells = features.reshape(batch, -1, channels)
     cells = dropout(keys, cells, rate=self.dropout)
     logits = nn.Dense(
       self.num_classes,

@@ -72,21 +72,6 @@ class Projection(nn.Module):
     return (x - mean.value) @ matrix.value
 
 
-def cells_inside(
-  size: jax.Array, grid: tuple[int, int], *, stride: int
-) -> jax.Array:
-  """[B, Hf, Wf] bool: the cells that lie in the image.
-
-  Args:
-    size: [B, 2] int32, height and width of the images on the canvas, pixels.
-    grid: (Hf, Wf).
-    stride: pixels per cell.
-  """
-  y = jnp.arange(grid[0]) * stride
-  x = jnp.arange(grid[1]) * stride
-  return (y < size[:, :1])[:, :, None] & (x < size[:, 1:])[:, None, :]
-
-
 def _resize(x: jax.Array, height: int, width: int) -> jax.Array:
   """Brings [B, h, w, C] to [B, height, width, C] by mean or bilinear."""
   if x.shape[1:3] == (height, width):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jtsm_jax.models.cell_head import CellHead
 from jtsm_jax.models.colours import coloured_images
-from jtsm_jax.models.features import FeatureExtractor, cells_inside
+from jtsm_jax.models.features import FeatureExtractor
 from jtsm_jax.models.instance_branch import InstanceBranch
 from jtsm_jax.models.neck_and_heads import MiningHeads, Neck, TagHead
 from jtsm_jax.models.proposal_features import ProposalFeatures
@@ -97,13 +97,18 @@ class JTSM(nn.Module):
     """Logits [B, Hf, Wf, K] of the cells; `keys` [B] are for dropout."""
     return self.cells(features.astype(self.extractor.dtype), keys=keys)
 
+  def inside(self, batch: Batch) -> jax.Array:
+    """[B, Hf, Wf] bool: the cells whose first pixel lies in the image."""
+    stride = self.extractor.stride
+    return batch.superpixels[:, ::stride, ::stride] >= 0
+
   def tag_logits(self, stages: jax.Array, size: jax.Array) -> jax.Array:
     """Tag logits [B, K] of images of `size` [B, 2] on the canvas."""
-    return self.tag_head(stages, self.inside(stages, size))
-
-  def inside(self, features: jax.Array, size: jax.Array) -> jax.Array:
-    """[B, Hf, Wf] bool: cells in images of `size` [B, 2] on the canvas."""
-    return cells_inside(size, features.shape[1:3], stride=self.extractor.stride)
+    stride = self.extractor.stride
+    y = jnp.arange(stages.shape[1]) * stride
+    x = jnp.arange(stages.shape[2]) * stride
+    inside = (y < size[:, :1])[:, :, None] & (x < size[:, 1:])[:, None, :]
+    return self.tag_head(stages, inside)
 
   def __call__(self, batch: Batch) -> None:
     """Touches every branch, so that `init` makes all variables."""

@@ -141,7 +141,7 @@ def mining_loss(
       keys=random_keys.branch_off(keys),
       method="cell_logits",
     )
-    inside = model.inside(features, batch.size)
+    inside = model.inside(batch)
     term, overlap = _learn_cells(
       logits, inside, batch, counts=counts, mining=mining, losses=losses
     )

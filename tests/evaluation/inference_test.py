@@ -153,7 +153,7 @@ def test_maps_of_cells_have_a_say():
   without = make_score_step(model.clone(cells=None))(variables, batch)
   features = model.apply(variables, batch, method="features")
   logits = model.apply(variables, features, method="cell_logits")
-  inside = model.inside(features, batch.size)
+  inside = model.inside(batch)
   maps = cells.class_maps(logits, inside)
   np.testing.assert_allclose(
     found.proposals,

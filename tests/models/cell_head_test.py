@@ -4,7 +4,6 @@ import jax
 import numpy as np
 
 from jtsm_jax.models.cell_head import CellHead
-from jtsm_jax.models.features import cells_inside
 
 
 def make(**options):
@@ -36,12 +35,3 @@ def test_dropout_is_each_images_own():
   alone = head.apply(variables, features[1:], keys=keys[1:])
   np.testing.assert_allclose(found[1:], alone, rtol=1e-5)
   assert not np.allclose(found, head.apply(variables, features))
-
-
-def test_cells_with_a_pixel_of_the_image_are_inside():
-  size = np.array([[9, 16], [8, 1]])
-  found = np.asarray(cells_inside(size, (3, 2), stride=8))
-  wanted = np.zeros((2, 3, 2), bool)
-  wanted[0, :2, :2] = True
-  wanted[1, :1, :1] = True
-  np.testing.assert_array_equal(found, wanted)

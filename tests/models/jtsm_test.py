@@ -45,6 +45,14 @@ def test_tasks_without_a_branch(instance, semantic):
   assert "cells" not in params
 
 
+def test_cells_inside_the_image():
+  rows, columns = (-(-side // tiny.STRIDE) for side in tiny.IMAGE)
+  wanted = np.zeros((2, *(side // tiny.STRIDE for side in tiny.CANVAS)), bool)
+  wanted[:, :rows, :columns] = True
+  found = tiny.make_model().bind({}).inside(BATCH)
+  np.testing.assert_array_equal(found, wanted)
+
+
 def test_cached_features_replace_the_images():
   model = tiny.make_model()
   variables = tiny.make_variables(model, BATCH)

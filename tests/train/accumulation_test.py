@@ -19,7 +19,7 @@ from tests import tiny
 
 STEPS, BATCH = 20, 32
 assert jax.device_count() == 8
-model = tiny.make_model(frozen=False, dropout=0.5, cells=True).clone(
+model = tiny.make_model(frozen=False).clone(
   neck=Neck(widths=(16, 16), dropout=0.5)
 )
 optimizer = optax.sgd(0.05, momentum=0.9)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import configs
-from configs import base
+from configs import ablations, base, variants
 from jtsm_jax.backbones import pretrained
 from jtsm_jax.backbones.resnet_ws import ResNetWS
 from jtsm_jax.train import build
@@ -18,11 +18,23 @@ from jtsm_jax.types import Batch, Categories, Category, InputError
 CATEGORIES = Categories(
   tuple(Category(i, f"class {i}", i < 3) for i in range(5))
 )
-CONFIGS = sorted(
+# Every file of configs/, and the names that it takes after a colon.
+FILES = sorted(
   path.stem
   for path in pathlib.Path(configs.__file__).parent.glob("*.py")
-  if path.stem != "__init__"
+  if path.stem not in ("__init__", "variants")
 )
+CONFIGS = [
+  (file, *name)
+  for file in FILES
+  for name in (
+    [(row,) for row in ablations.ROWS]
+    if file == "ablations"
+    else [(name,) for name in variants.NAMES]
+    if file.startswith(("voc", "coco"))
+    else [()]
+  )
+]
 
 
 def _batch(canvas, *, P=4, S=6):
@@ -48,25 +60,53 @@ def _params(config):
   return model, jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_configuration_builds(name):
-  config = importlib.import_module(f"configs.{name}").get_config()
+@pytest.mark.parametrize("names", CONFIGS, ids=":".join)
+def test_every_configuration_builds(names):
+  file, *arguments = names
+  config = importlib.import_module(f"configs.{file}").get_config(*arguments)
   model, params = _params(config)
-  assert (model.instance is not None) == config.instance.enabled
-  assert (model.semantic is not None) == config.semantic.enabled
+  has_instance = config.instance.enabled and config.task != "detection"
+  has_semantic = config.semantic.enabled and config.task == "panoptic"
+  assert (model.instance is not None) == has_instance
+  assert (model.semantic is not None) == has_semantic
   optimizer = build.main_optimizer(config, params)
   jax.eval_shape(optimizer.init, params)
   warm_up = build.warm_up_optimizer(config, params)
   assert (warm_up is not None) == (config.warm_up.steps > 0)
   tags = np.array([[1, 0, 0, 1, 1]])  # a thing, and three segments a stuff
   mining = build.mining_settings(config, num_things=3, tags=tags)
-  assert mining.num_slots == 7
+  assert mining.num_slots == 1 + 2 * config.mining.segments_per_stuff
   assert mining.score_ratio == config.mining.score_ratio
   losses = build.loss_settings(config)
   assert losses.mask_stride == config.losses.mask_stride
   sides = np.array([*config.data.canvases, *config.evaluation.canvases])
   assert not (sides % config.backbone.stride).any()
   assert not (sides % config.losses.mask_stride).any()
+
+
+@pytest.mark.parametrize("file", ["voc2012_panoptic", "ablations"])
+def test_names_that_are_not_there_are_told(file):
+  module = importlib.import_module(f"configs.{file}")
+  with pytest.raises(ValueError, match=r"'resnet19'.*wanted one of .*, "):
+    module.get_config("resnet19")
+
+
+def test_rows_of_the_paper():
+  def config(name, *arguments):
+    return importlib.import_module(f"configs.{name}").get_config(*arguments)
+
+  assert config("voc2012_panoptic").train.steps == 100_000
+  assert config("coco_detection").train.steps == 400_000
+  assert config("voc2012_panoptic", "authors").train.steps == 50_000
+  assert config("coco_instance", "authors").train.boundaries == (
+    140_000,
+    200_000,
+  )
+  assert config("voc2007_detection", "resnet50_ws").backbone.depth == 50
+  assert config("voc2007_detection").evaluation.voc_metric == "11point"
+  assert config("ablations", "refinements_0").heads.num_refinements == 0
+  shorts = {min(canvas) for canvas in base.get_config().data.canvases}
+  assert (min(shorts), max(shorts)) == (480, 1216)
 
 
 def test_base_is_the_paper():
@@ -107,6 +147,7 @@ def test_branches_without_classes_are_left_out():
     ("backbone.outputs", (), "outputs"),
     ("backbone.freeze", "res9", "'res9'.*stem, res2, res3, res4, res5"),
     ("backbone.stride", 32, "stride is 32; resnet_ws has one of 8, 16"),
+    ("evaluation.show_present", True, r"show_present.*calibrate=True"),
     ("backbone.pretrained", "coco", r"'coco'.*resnet_ws.*'imagenet'"),
     ("backbone.pretrained", "imagenet", r"'imagenet'.* weights for resnet_ws"),
     ("backbone.pretrained", "w.npz", r"w.npz.*\.pkl or \.pth or \.safetensors"),
@@ -311,6 +352,22 @@ def test_frozen_stages_get_no_update(freeze, norm, moving):
     moves = names[0] in moving and not (norm == "frozen" and "norm" in names)
     assert bool(np.all(update != 0)) == moves, names
     assert bool(np.any(update != 0)) == moves, names
+
+
+def test_every_part_of_the_model_learns():
+  config = base.get_config()
+  config.cells.enabled = True
+  config.neck.widths = (8, 8)
+  _, shapes = _params(config)
+  params = {
+    name: jax.tree.map(lambda s: np.ones(s.shape, s.dtype), tree)
+    for name, tree in shapes.items()
+    if name not in ("extractor", "tag_head")  # one frozen, one of the warm-up
+  }
+  optimizer = build.main_optimizer(config, params)
+  updates, _ = optimizer.update(params, optimizer.init(params), params)
+  assert set(updates) == {"neck", "heads", "instance", "semantic", "cells"}
+  assert all(np.all(update) for update in jax.tree.leaves(updates))
 
 
 @pytest.mark.parametrize("backbone", build.STAGES)

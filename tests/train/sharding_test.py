@@ -21,20 +21,26 @@ from tests import tiny
 
 assert jax.device_count() == 4
 model = tiny.make_model(
-  frozen=False, num_refinements=1, instance=False, semantic=False, cells=True
+  frozen=False,
+  dropout=0.5,
+  num_refinements=1,
+  instance=False,
+  semantic=False,
+  cells=True,
 )
 batch = tiny.make_batch(4)
 variables = dict(tiny.make_variables(model, batch))
 params = variables.pop("params")
 state = TrainState(jnp.int32(0), params, variables, None)
-mining_gradients = step.make_mining_gradients(
-  jax.random.key(0),
-  model,
-  mining=objectives.MiningSettings(num_things=tiny.NUM_THINGS, num_slots=5),
-  losses=objectives.LossSettings(),
-)
 results = []
-for devices in (1, 4):
+for devices, accumulation in ((1, 1), (4, 1), (1, 2)):
+  mining_gradients = step.make_mining_gradients(
+    jax.random.key(0),
+    model,
+    mining=objectives.MiningSettings(num_things=tiny.NUM_THINGS, num_slots=5),
+    losses=objectives.LossSettings(),
+    accumulation=accumulation,
+  )
   mesh = make_mesh(devices)
   placed = put_batch(batch, mesh)
   assert len(placed.images.sharding.device_set) == devices
@@ -44,17 +50,19 @@ for devices in (1, 4):
     jax.device_put(state, replicated(mesh)), placed
   )
   results.append(jax.device_get((grads, mined, metrics)))
-jax.tree.map(
-  lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-  *results,
-)
+for found in results[1:]:
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    results[0],
+    found,
+  )
 largest = max(abs(g).max() for g in jax.tree.leaves(results[0][0]))
 assert largest > 1e-3, largest
 print("equal")
 """
 
 
-def test_four_devices_give_the_gradients_of_one():
+def test_four_devices_and_two_parts_give_the_gradients_of_one():
   root = pathlib.Path(__file__).parents[2]
   found = subprocess.run(
     [sys.executable, "-c", SCRIPT],

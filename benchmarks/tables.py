@@ -1,0 +1,163 @@
+"""The paper's Tables 1 to 3 in small, its figures beside ours.
+
+    python benchmarks/tables.py --workdir=runs/tables
+    python benchmarks/tables.py --workdir=runs/tables_msrc --dataset=msrc \
+        --root=DIR
+
+Trains the rows of configs/ablations.py from configs/shapes.py, the embedded
+set, or from configs/folder.py without what is no part of the paper, on the
+photographs of DIR; some seeds each. Rows that are the same run are run once. A
+run that is finished is not repeated, so a stopped study goes on where it was.
+Data and proposals are shared by all runs, the backbone's features by those of a
+seed, which chooses the images of their projection.
+
+Writes WORKDIR/tables.md, after each row, and WORKDIR/tables.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from configs.ablations import ROWS, TABLES
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# The configuration, and what it has to leave out to be the paper's method.
+DATASETS = {
+  "shapes": ("shapes", {}),
+  "msrc": ("folder", {"cells.enabled": False}),
+}
+PARTS = ("all", "things", "stuff")
+
+
+def main() -> None:
+  """Runs what is missing and writes the tables."""
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--dataset", default="shapes", choices=DATASETS)
+  parser.add_argument("--root", default="", help="folder of the photographs")
+  parser.add_argument("--seeds", type=int, default=3)
+  parser.add_argument("--tables", nargs="*", default=[*TABLES], choices=TABLES)
+  args = parser.parse_args()
+  found = {}
+  # Seed by seed: a study that is stopped has something of every row.
+  for seed in range(args.seeds):
+    for name in args.tables:
+      for row in TABLES[name]:
+        result = run(args, ROWS[row].fields, seed)
+        found.setdefault(row, {})[seed] = result
+        text = "\n".join(format_table(t, found) for t in args.tables)
+        (args.workdir / "tables.md").write_text(text)
+  print(text)
+  plot(args.workdir / "tables.png", args.tables, found)
+  print(f"{args.workdir / 'tables.md'}, tables.png")
+
+
+def run(
+  args: argparse.Namespace, fields: dict[str, object], seed: int
+) -> dict[str, float]:
+  """One training, unless it is there: PQ of all, things and stuff."""
+  file, without = DATASETS[args.dataset]
+  config = importlib.import_module(f"configs.{file}").get_config()
+  changes = {}
+  for field, value in {**without, **fields}.items():
+    group, name = field.split(".")
+    if config[group][name] != value:
+      changes[field] = value
+  # The name of the run is what it differs in.
+  name = ",".join(f"{k}={v}" for k, v in changes.items()) or "default"
+  workdir = (args.workdir / f"{name}-{seed}").absolute()
+  metrics = workdir / "evaluation" / "metrics.json"
+  if not metrics.exists():
+    shared = args.workdir.absolute() / "shared"
+    options = {
+      "seed": seed,
+      "data.prepared": shared / "data",
+      "proposals.store": shared / "proposals",
+      "backbone.cache_dir": shared / "features",
+      **({"data.root": args.root} if args.root else {}),
+      **changes,
+    }
+    command = [
+      sys.executable,
+      "main.py",
+      f"--config=configs/{file}.py",
+      f"--workdir={workdir}",
+      *(f"--config.{k}={v}" for k, v in options.items()),
+    ]
+    print(f"\n{name}, seed {seed}", flush=True)
+    subprocess.run(command, cwd=ROOT, check=True)
+  result = json.loads(metrics.read_text())
+  return {part: result[part]["pq"] for part in PARTS}
+
+
+def format_table(name: str, found: dict[str, dict[int, dict]]) -> str:
+  """Markdown: mean and half the range over the seeds."""
+  lines = [
+    f"Table {name}\n",
+    "| | PQ, paper (VOC 2012) | PQ, ours | things | stuff | seeds |",
+    "| --- | --- | --- | --- | --- | --- |",
+  ]
+  for row in TABLES[name]:
+    runs = found.get(row, {}).values()
+    if not runs:
+      continue
+    cells = [ROWS[row].label, f"{ROWS[row].pq:.1f}"]
+    for part in PARTS:
+      mean, spread = mean_and_spread([run[part] for run in runs])
+      cells.append(f"{mean:.1f} ± {spread:.1f}")
+    lines.append("| " + " | ".join([*cells, str(len(runs))]) + " |")
+  return "\n".join(lines) + "\n"
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+  """Mean and half the range."""
+  return statistics.mean(values), (max(values) - min(values)) / 2
+
+
+def plot(path: pathlib.Path, tables: list[str], found) -> None:
+  """Bars of ours with their spread, and the paper's beside them."""
+  figure = Figure(figsize=(5 * len(tables), 4), layout="constrained")
+  axes = figure.subplots(1, len(tables), squeeze=False)[0]
+  for axis, name in zip(axes, tables, strict=True):
+    rows = TABLES[name]
+    ours = [
+      mean_and_spread([run["all"] for run in found[row].values()])
+      for row in rows
+    ]
+    places = range(len(rows))
+    axis.bar(
+      [x - 0.2 for x in places],
+      [mean for mean, _ in ours],
+      yerr=[spread for _, spread in ours],
+      width=0.4,
+      label="ours, in small",
+      capsize=3,
+    )
+    axis.bar(
+      [x + 0.2 for x in places],
+      [ROWS[row].pq for row in rows],
+      width=0.4,
+      label="paper, VOC 2012",
+      color="0.7",
+    )
+    labels = [ROWS[row].label for row in rows]
+    axis.set_xticks(places, labels, rotation=25, ha="right", fontsize=8)
+    axis.set_title(f"Table {name}")
+    axis.set_ylabel("PQ")
+  axis.legend(fontsize=8)
+  figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+  main()
