@@ -3,7 +3,7 @@
     python benchmarks/class_activation.py --config=configs/folder.py \
         --workdir=runs/mine
 
-Takes a finished run's data, proposals, features, calibration and fusion, and
+Takes a finished run's data, proposals, features and fusion, and
 puts in place of all that the run has learnt a linear classifier of the mean
 feature, trained on the same tags: at each cell it is a class activation map
 (Zhou et al., "Learning deep features for discriminative localization", 2016).

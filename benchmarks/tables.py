@@ -5,11 +5,11 @@
         --root=DIR
 
 Trains the rows of configs/ablations.py from configs/shapes.py, the embedded
-set, or from configs/folder.py without what is no part of the paper, on the
-photographs of DIR; some seeds each. Rows that are the same run are run once. A
-run that is finished is not repeated, so a stopped study goes on where it was.
-Data and proposals are shared by all runs, the backbone's features by those of a
-seed, which chooses the images of their projection.
+set, or from configs/folder.py without its cell head, on the photographs of DIR;
+some seeds each. Rows that are the same run are run once. A run that is finished
+is not repeated, so a stopped study goes on where it was. Data and proposals are
+shared by all runs, the backbone's features by those of a seed, which chooses
+the images of their projection.
 
 Writes WORKDIR/tables.md, after each row, and WORKDIR/tables.png.
 """
@@ -32,7 +32,7 @@ from configs.ablations import ROWS, TABLES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# The configuration, and what it has to leave out to be the paper's method.
+# The configuration, and what it has to leave out.
 DATASETS = {
   "shapes": ("shapes", {}),
   "msrc": ("folder", {"cells.enabled": False}),

@@ -14,6 +14,7 @@ from pallas_kernels.grid import (
   available_cells,
   cells_in_boxes,
   grid_boxes,
+  superpixel_cells,
   superpixel_coverage,
   superpixel_masks,
 )
@@ -31,6 +32,7 @@ __all__ = [
   "moi_pool",
   "roi_align",
   "roi_pool",
+  "superpixel_cells",
   "superpixel_coverage",
   "superpixel_masks",
   "tps_pool",

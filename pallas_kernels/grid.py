@@ -54,8 +54,39 @@ def superpixel_coverage(
   Raises:
     ValueError: H or W is no multiple of the stride.
   """
+  num_superpixels = membership.shape[1]
+  pixels = _pixels_in_cells(superpixels, num_superpixels, stride)
+  counts = jnp.matmul(
+    membership.astype(jnp.float32),
+    pixels.reshape(num_superpixels, -1),
+    # Up to 256 is exact in the accelerators' fast matmul (bfloat16 inputs).
+    precision=lax.Precision.HIGHEST if stride > 16 else None,
+  )
+  return counts.reshape(len(membership), *pixels.shape[1:]) / stride**2
+
+
+def superpixel_cells(
+  superpixels: jax.Array, *, num_superpixels: int, stride: int
+) -> jax.Array:
+  """How much of each cell a superpixel covers.
+
+  Args:
+    superpixels: [H, W] integer ids 0 .. S-1; others, such as -1, are padding.
+    num_superpixels: S.
+    stride: pixels per cell; divides H and W.
+
+  Returns:
+    [S, H // stride, W // stride] float32, share of the cell's pixels, 0 to 1.
+
+  Raises:
+    ValueError: H or W is no multiple of the stride.
+  """
+  return _pixels_in_cells(superpixels, num_superpixels, stride) / stride**2
+
+
+def _pixels_in_cells(superpixels, num_superpixels, stride):
+  """[S, Hf, Wf] float32: pixels of each superpixel in each cell."""
   height, width = superpixels.shape
-  num_proposals, num_superpixels = membership.shape
   if height % stride or width % stride:
     raise ValueError(
       f"superpixels: {height} x {width} pixels is no multiple of the stride"
@@ -73,13 +104,7 @@ def superpixel_coverage(
   )
   pixels = jnp.zeros(num_superpixels * num_cells, jnp.float32)
   pixels = pixels.at[index.reshape(-1)].add(1, mode="drop")
-  counts = jnp.matmul(
-    membership.astype(jnp.float32),
-    pixels.reshape(num_superpixels, num_cells),
-    # Up to 256 is exact in the accelerators' fast matmul (bfloat16 inputs).
-    precision=lax.Precision.HIGHEST if stride > 16 else None,
-  )
-  return counts.reshape(num_proposals, *grid) / stride**2
+  return pixels.reshape(num_superpixels, *grid)
 
 
 def available_cells(

@@ -106,10 +106,9 @@ def map_overlap(maps: jax.Array, batch: Batch) -> jax.Array:
 
 def _map_overlap_image(maps, superpixels, membership):
   num_superpixels = membership.shape[1]
-  # How much of each cell belongs to each superpixel: [S, Hf, Wf].
-  coverage = pk.superpixel_coverage(
+  coverage = pk.superpixel_cells(
     superpixels,
-    jnp.eye(num_superpixels, dtype=bool),
+    num_superpixels=num_superpixels,
     stride=superpixels.shape[0] // maps.shape[0],
   )
   multiply = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

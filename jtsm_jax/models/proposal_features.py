@@ -69,7 +69,6 @@ class ProposalFeatures(nn.Module):
 
   def pool(self, features: jax.Array, batch: Batch) -> list[jax.Array]:
     """The pooled part and, if asked for, the averaged part: [B, P, Di] each."""
-
     return for_each_image(
       self._pool_image,
       features,

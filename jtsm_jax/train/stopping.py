@@ -49,7 +49,6 @@ class Stopping:
     if is_main and jax.process_count() == 1:
       for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
         self._handlers[number] = signal.signal(number, self._note)
-      self._unraisable = sys.unraisablehook
       sys.unraisablehook = self._tell_unraisable
     return self
 

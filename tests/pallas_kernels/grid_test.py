@@ -220,3 +220,14 @@ def test_cells_in_boxes_have_an_inclusive_end():
     [[0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]],
     [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]],
   ]
+
+
+def test_cells_of_superpixels_equal_the_pixel_loop():
+  superpixels = np.random.default_rng(6).integers(-1, 5, (12, 18))
+  found = pallas_kernels.superpixel_cells(
+    superpixels, num_superpixels=5, stride=6
+  )
+  wanted = np.zeros((5, 2, 3))
+  for y, x in np.argwhere(superpixels >= 0):
+    wanted[superpixels[y, x], y // 6, x // 6] += 1 / 36
+  np.testing.assert_allclose(found, wanted, rtol=1e-5)
