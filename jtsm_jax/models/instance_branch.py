@@ -12,6 +12,40 @@ from jtsm_jax.models.mixed_precision import flat_product, wide_bias
 MASK_SIZE = 28
 
 
+class Deconvolution(nn.Module):
+  """flax.linen.ConvTranspose of 2 x 2 and stride 2: twice the height and width.
+
+  Its windows do not overlap, so it is one matrix product, whose results are put
+  in their places. XLA for CPUs multiplies the zeros between the cells as well,
+  and takes more time for this layer than for the rest of the branch.
+
+  Attributes:
+    channels: of the result.
+    kernel_init: initialiser of the kernel, [2, 2, C, channels].
+    dtype: of products; parameters are float32.
+  """
+
+  channels: int
+  kernel_init: nn.initializers.Initializer
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [N, H, W, C] to [N, 2 H, 2 W, channels]."""
+    n, height, width, depth = x.shape
+    kernel = self.param(
+      "kernel", self.kernel_init, (2, 2, depth, self.channels)
+    )
+    bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+    x, kernel, bias = wide_bias(x, kernel, bias, dtype=self.dtype)
+    # As in ConvTranspose, the last row of the kernel makes the first of two.
+    kernel = kernel[::-1, ::-1].transpose(2, 0, 1, 3)
+    x = x.reshape(-1, depth) @ kernel.reshape(depth, -1)
+    x = x.reshape(n, height, width, 2, 2, self.channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, 2 * height, 2 * width, self.channels) + bias
+
+
 class InstanceBranch(nn.Module):
   """RoIAlign 14 x 14, 4 convolutions, a deconvolution, one mask per class.
 
@@ -56,14 +90,8 @@ class InstanceBranch(nn.Module):
         name=f"conv{i + 1}",
       )
       x = nn.relu(conv(x))
-    deconv = nn.ConvTranspose(
-      self.channels,
-      (2, 2),
-      strides=(2, 2),
-      kernel_init=init,
-      dtype=self.dtype,
-      promote_dtype=wide_bias,
-      name="deconv",
+    deconv = Deconvolution(
+      self.channels, kernel_init=init, dtype=self.dtype, name="deconv"
     )
     x = nn.relu(deconv(x))
     x = nn.Dense(

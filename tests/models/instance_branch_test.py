@@ -1,15 +1,22 @@
 """The instance branch: shapes, and that it sees its box alone."""
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from jtsm_jax.models.instance_branch import MASK_SIZE, InstanceBranch
+from jtsm_jax.models.instance_branch import (
+  MASK_SIZE,
+  Deconvolution,
+  InstanceBranch,
+)
 
 BRANCH = InstanceBranch(num_things=3, channels=4, num_convs=2, stride=8)
 
 
-def _variables(branch, features, boxes):
-  shapes = jax.eval_shape(branch.init, jax.random.key(0), features, boxes)
+def _variables(module, *args):
+  shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
   rng = np.random.default_rng(0)
   return jax.tree.map(
     lambda s: rng.normal(0, 0.5, s.shape).astype(np.float32), shapes
@@ -53,3 +60,26 @@ def test_logits_of_a_box_depend_on_its_cells_only():
     found[0, 0] / scale, found[1, 1] / scale, atol=1e-5
   )
   assert np.abs(found[0, 0] - found[0, 1]).max() > 0.1 * scale
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 7, 5), (1, 1, 1, 1)])
+def test_deconvolution_is_that_of_flax(shape):
+  rng = np.random.default_rng(2)
+  x = rng.normal(size=shape).astype(np.float32)
+  ours = Deconvolution(6, kernel_init=nn.initializers.normal())
+  theirs = nn.ConvTranspose(6, (2, 2), strides=(2, 2))
+  variables = _variables(ours, x)
+  shapes = jax.tree.map(
+    np.shape, jax.eval_shape(theirs.init, jax.random.key(0), x)
+  )
+  assert jax.tree.map(np.shape, variables) == shapes
+
+  def result_and_gradients(layer):
+    y, pull_back = jax.vjp(layer.apply, variables, x)
+    return y, pull_back(jnp.cos(jnp.arange(y.size)).reshape(y.shape))
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    result_and_gradients(ours),
+    result_and_gradients(theirs),
+  )
