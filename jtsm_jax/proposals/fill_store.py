@@ -20,6 +20,7 @@ from jtsm_jax.data.files import (
   PathOrUrl,
   data_path,
   fetch_all,
+  is_file,
   is_local,
   names_in,
   remove,
@@ -143,16 +144,23 @@ def fill_store(
   store.claim_store(path, maker.made_with)
   bounds = [len(source) * n // num_shards for n in (shard, shard + 1)]
   mine = range(*bounds)
+  own = f"proposals-{shard:04d}-"
+  quarantine = path / f"quarantine-{shard:04d}.txt"
+
+  def missing_images() -> tuple[list[AnyPath], list[int]]:
+    files = store.shard_paths(path)
+    known = _known(files, own if num_shards > 1 else "")
+    return files, [n for n in mine if source.image_ids[n] not in known]
+
+  # Runs that find all they need do not wait for one another.
+  if not missing_images()[1] and not is_file(quarantine):
+    return FillReport(0, len(mine), (), time.monotonic() - start)
   with _locked(path, shard):
-    own = f"proposals-{shard:04d}-"
     for name in names_in(path):
       if name.startswith(own) and ".partial-" in name:
         remove(path / name)  # left by a run that was killed
-    files = store.shard_paths(path)
-    known = _known(files, own if num_shards > 1 else "")
-    missing = [n for n in mine if source.image_ids[n] not in known]
+    files, missing = missing_images()
     kept = len(mine) - len(missing)
-    quarantine = path / f"quarantine-{shard:04d}.txt"
     remove(quarantine)
     if not missing:
       return FillReport(0, kept, (), time.monotonic() - start)

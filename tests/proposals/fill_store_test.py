@@ -136,6 +136,12 @@ def test_second_writer_is_refused(tmp_path):
     fill(make_source(1), tmp_path)
 
 
+def test_runs_that_need_nothing_do_not_wait_for_one_another(tmp_path):
+  fill(make_source(2), tmp_path)
+  with lib._locked(tmp_path, 0):
+    assert fill(make_source(2), tmp_path).kept == 2
+
+
 def test_the_first_shard_may_be_written_while_another_is(tmp_path):
   with lib._locked(tmp_path, 1):
     fill(make_source(1), tmp_path)
