@@ -11,7 +11,10 @@ is not repeated, so a stopped study goes on where it was. Data and proposals are
 shared by all runs, the backbone's features by those of a seed, which chooses
 the images of their projection.
 
-Writes WORKDIR/tables.md, after each row, and WORKDIR/tables.png.
+Writes, after each row, the figures of all seeds to --results, by default
+WORKDIR/results.json, and WORKDIR/tables.md; at the end WORKDIR/tables.png. What
+--results has is not run: with benchmarks/results/shapes.json, the figures
+behind the README's tables, nothing is.
 """
 
 from __future__ import annotations
@@ -47,35 +50,51 @@ def main() -> None:
   parser.add_argument("--dataset", default="shapes", choices=DATASETS)
   parser.add_argument("--root", default="", help="folder of the photographs")
   parser.add_argument("--seeds", type=int, default=3)
+  parser.add_argument("--results", type=pathlib.Path)
   parser.add_argument("--tables", nargs="*", default=[*TABLES], choices=TABLES)
   args = parser.parse_args()
+  args.workdir.mkdir(parents=True, exist_ok=True)
+  path = args.results or args.workdir / "results.json"
+  results = json.loads(path.read_text()) if path.exists() else {}
   found = {}
   # Seed by seed: a study that is stopped has something of every row.
   for seed in range(args.seeds):
-    for name in args.tables:
-      for row in TABLES[name]:
-        result = run(args, ROWS[row].fields, seed)
-        found.setdefault(row, {})[seed] = result
+    for table in args.tables:
+      for row in TABLES[table]:
+        changes = changed_fields(args.dataset, ROWS[row].fields)
+        # The name of a run is what it differs in.
+        name = ",".join(f"{k}={v}" for k, v in changes.items()) or "default"
+        runs = results.setdefault(name, {})
+        if str(seed) not in runs:
+          runs[str(seed)] = train(args, name, changes, seed)
+          path.write_text(json.dumps(results, indent=1) + "\n")
+        found.setdefault(row, {})[seed] = runs[str(seed)]
         text = "\n".join(format_table(t, found) for t in args.tables)
         (args.workdir / "tables.md").write_text(text)
   print(text)
   plot(args.workdir / "tables.png", args.tables, found)
-  print(f"{args.workdir / 'tables.md'}, tables.png")
+  print(f"{path}, {args.workdir / 'tables.md'}, tables.png")
 
 
-def run(
-  args: argparse.Namespace, fields: dict[str, object], seed: int
-) -> dict[str, float]:
-  """One training, unless it is there: PQ of all, things and stuff."""
-  file, without = DATASETS[args.dataset]
+def changed_fields(
+  dataset: str, fields: dict[str, object]
+) -> dict[str, object]:
+  """What of a row's fields differs from the configuration of the data set."""
+  file, without = DATASETS[dataset]
   config = importlib.import_module(f"configs.{file}").get_config()
   changes = {}
   for field, value in {**without, **fields}.items():
     group, name = field.split(".")
     if config[group][name] != value:
       changes[field] = value
-  # The name of the run is what it differs in.
-  name = ",".join(f"{k}={v}" for k, v in changes.items()) or "default"
+  return changes
+
+
+def train(
+  args: argparse.Namespace, name: str, changes: dict[str, object], seed: int
+) -> dict[str, float]:
+  """One training, unless it is there: PQ of all, things and stuff."""
+  file, _ = DATASETS[args.dataset]
   workdir = (args.workdir / f"{name}-{seed}").absolute()
   metrics = workdir / "evaluation" / "metrics.json"
   if not metrics.exists():
@@ -98,23 +117,30 @@ def run(
     print(f"\n{name}, seed {seed}", flush=True)
     subprocess.run(command, cwd=ROOT, check=True)
   result = json.loads(metrics.read_text())
-  return {part: result[part]["pq"] for part in PARTS}
+  return {part: round(result[part]["pq"], 2) for part in PARTS}
 
 
 def format_table(name: str, found: dict[str, dict[int, dict]]) -> str:
-  """Markdown: mean and half the range over the seeds."""
+  """Markdown: mean and half the range over the seeds.
+
+  The last column is the gain over the first row of the table with the same
+  seed: what a row gains spreads less than what it reaches.
+  """
   lines = [
     f"Table {name}\n",
-    "| | PQ, paper (VOC 2012) | PQ, ours | things | stuff | seeds |",
-    "| --- | --- | --- | --- | --- | --- |",
+    "| | PQ, paper (VOC 2012) | PQ | things | stuff | gain | seeds |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
   ]
+  first = found.get(TABLES[name][0], {})
   for row in TABLES[name]:
-    runs = found.get(row, {}).values()
+    runs = found.get(row, {})
     if not runs:
       continue
+    columns = [[run[part] for run in runs.values()] for part in PARTS]
+    columns.append([runs[s]["all"] - first[s]["all"] for s in runs])
     cells = [ROWS[row].label, f"{ROWS[row].pq:.1f}"]
-    for part in PARTS:
-      mean, spread = mean_and_spread([run[part] for run in runs])
+    for column in columns:
+      mean, spread = mean_and_spread(column)
       cells.append(f"{mean:.1f} ± {spread:.1f}")
     lines.append("| " + " | ".join([*cells, str(len(runs))]) + " |")
   return "\n".join(lines) + "\n"
