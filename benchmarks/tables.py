@@ -7,9 +7,9 @@
 Trains the rows of configs/ablations.py from configs/shapes.py, the embedded
 set, or from configs/folder.py without its cell head, on the photographs of DIR;
 some seeds each. Rows that are the same run are run once. A run that is finished
-is not repeated, so a stopped study goes on where it was. Data and proposals are
-shared by all runs, the backbone's features by those of a seed, which chooses
-the images of their projection.
+is not repeated, so a stopped study goes on where it was. Data, proposals and
+re-estimated masks are shared by all runs, the backbone's features by those of a
+seed, which chooses the images of their projection.
 
 Writes, after each row, the figures of all seeds to --results, by default
 WORKDIR/results.json, and WORKDIR/tables.md; at the end WORKDIR/tables.png. What
@@ -104,6 +104,7 @@ def train(
       "data.prepared": shared / "data",
       "proposals.store": shared / "proposals",
       "backbone.cache_dir": shared / "features",
+      "reestimation.cache_dir": shared / "masks",
       **({"data.root": args.root} if args.root else {}),
       **changes,
     }

@@ -142,6 +142,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.reestimation.iterations = 5
   c.reestimation.longest_side = 400
   c.reestimation.threads = 0  # 0 = one per core
+  c.reestimation.cache_dir = ""  # of masks; default WORKDIR/masks
   c.reestimation.lag = 0  # steps between mining and learning from the masks
   c.reestimation.start = 0  # step at which the branches begin to learn
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 import pathlib
 import re
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import optax
 from absl import logging
 
+from jtsm_jax import workers
 from jtsm_jax.backbones import (
   efficientnet_lite,
   pretrained,
@@ -503,14 +503,15 @@ def open_reestimator(
   source: RecordSource,
   store: ProposalStore,
 ) -> MaskReestimator:
-  """Makes pseudo masks of a split, and keeps them in the workdir."""
+  """Makes pseudo masks of a split, and keeps them."""
   c = config.reestimation
+  folder = pathlib.Path(c.cache_dir) if c.cache_dir else workdir / "masks"
   return MaskReestimator(
     init=c.init,
     iterations=c.iterations,
     longest_side=c.longest_side,
-    workers=c.threads or os.cpu_count(),
-    cache_dir=workdir / "masks" / source.fingerprint / store.path.name,
+    workers=c.threads or workers.available_cores(),
+    cache_dir=folder / source.fingerprint / store.path.name,
   )
 
 

@@ -7,7 +7,9 @@ training step starts at the pooling, and an epoch on a CPU costs seconds.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
+import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -66,9 +68,10 @@ class FeatureCache:
       if "extractor" in tree
     }
     weights = weights_hash(jax.device_get(used))
-    dtype = jnp.dtype(model.extractor.dtype)
-    precision = "" if dtype == jnp.float32 else f"-{dtype}"
-    self._folder = root / f"{weights[:16]}-{source.fingerprint}{precision}"
+    settings = hashlib.sha256(repr(_settings(model.extractor)).encode())
+    self._folder = root / (
+      f"{weights[:16]}-{settings.hexdigest()[:8]}-{source.fingerprint}"
+    )
     with _disk_faults(self._folder):
       self._folder.mkdir(parents=True, exist_ok=True)
     self._split = split
@@ -134,6 +137,18 @@ class FeatureCache:
         np.memmap(path, dtype, "r+", shape=shape)
         for path, dtype, shape in files
       )
+
+
+def _settings(module: Any) -> Any:
+  """What a module computes with besides its weights, with a stable repr."""
+  if dataclasses.is_dataclass(module):
+    fields = (f.name for f in dataclasses.fields(module))
+    return type(module).__name__, *(
+      (name, _settings(getattr(module, name)))
+      for name in fields
+      if name not in ("parent", "name")
+    )
+  return module.__qualname__ if callable(module) else module
 
 
 def _take_room(path: pathlib.Path, size: int, *, keep: bool) -> None:

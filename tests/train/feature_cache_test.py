@@ -179,6 +179,26 @@ def test_bfloat16_has_a_folder_of_its_own_and_loses_nothing(tmp_path):
   assert not np.array_equal(found.features, other)
 
 
+def test_other_ways_to_use_the_same_weights_have_a_folder_of_their_own(
+  tmp_path,
+):
+  normalise = MODEL.extractor.normalise
+
+  def brighter(images):
+    return normalise(images) + 1
+
+  source = Images()
+  dim = _open(tmp_path, source).attach(BLIND).features
+  model = MODEL.clone(extractor=MODEL.extractor.clone(normalise=brighter))
+  for _ in range(2):
+    cache = FeatureCache(
+      tmp_path, model=model, variables=VARIABLES, split="train", source=source
+    )
+    bright = cache.attach(BLIND).features
+  assert not np.array_equal(bright, dim)
+  assert len(list(tmp_path.iterdir())) == 2
+
+
 FULL = """
 import pathlib, resource, sys
 from jtsm_jax.types import InputError
