@@ -19,6 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.evaluation.canvases = ((320, 320),)
   c.proposals.num_superpixels = 200
   c.proposals.max_proposals = 256
+  c.backbone.stride = 8  # its things are some 60 pixels wide
   c.backbone.outputs = ("stage3", "stage5", "head")
   c.backbone.projection = 64
   c.pooling.output_size = (4, 4)

@@ -23,7 +23,6 @@ def get_config() -> ml_collections.ConfigDict:
   c.backbone.depth = 18
   c.backbone.width = 0.25
   c.backbone.norm = "batch"
-  c.backbone.stride = 8
   c.backbone.outputs = ("res3", "res4", "res5")
   c.warm_up.steps = 2000
   c.warm_up.batch_size = 16
