@@ -21,7 +21,7 @@ from jtsm_jax.models import proposal_blocks
 from jtsm_jax.models.instance_branch import MASK_SIZE
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.models.proposal_features import area_share
-from jtsm_jax.train import random_keys
+from jtsm_jax.train.random_keys import DropoutKeys
 from jtsm_jax.types import Batch, Mined, PseudoMasks
 
 Metrics = dict[str, jax.Array]
@@ -83,7 +83,7 @@ def mining_loss(
   model: JTSM,
   variables: Any,
   batch: Batch,
-  keys: jax.Array,
+  keys: DropoutKeys,
   *,
   counts: MiningCounts,
   mining: MiningSettings,
@@ -100,7 +100,7 @@ def mining_loss(
     model: the model.
     variables: what `model.apply` takes.
     batch: the examples.
-    keys: [B], for dropout.
+    keys: for dropout.
     counts: of the whole batch.
     mining: how segments are mined.
     losses: how losses are reduced.
@@ -120,7 +120,7 @@ def mining_loss(
     variables,
     features,
     batch,
-    keys=keys,
+    keys=keys.neck,
     proposal_block=proposal_block,
   )
   outputs = model.apply(variables, described, batch.valid, method="judge")
@@ -136,10 +136,7 @@ def mining_loss(
   scores = outputs.mil_scores
   if model.cells is not None:
     logits = model.apply(
-      variables,
-      features,
-      keys=random_keys.branch_off(keys),
-      method="cell_logits",
+      variables, features, keys=keys.cells, method="cell_logits"
     )
     inside = model.inside(batch)
     term, overlap = _learn_cells(

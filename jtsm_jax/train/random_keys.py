@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 
-DROPOUT, INSTANCES, AUGMENT = range(3)
+NECK, INSTANCES, AUGMENT, CELLS = range(4)
 """The streams of random numbers of a step."""
+
+
+class DropoutKeys(NamedTuple):
+  """Keys [B] of the images, for the dropout of each part of mining."""
+
+  neck: jax.Array
+  cells: jax.Array
 
 
 def image_keys(
@@ -20,7 +29,13 @@ def image_keys(
   return jax.vmap(lambda index: jax.random.fold_in(key, index))(image_index)
 
 
-def branch_off(keys: jax.Array) -> jax.Array:
-  """Other keys [B] than those that the neck derives from `keys` [B]."""
-  number = 2**31  # the neck counts from 0
-  return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+def dropout_keys(
+  key: jax.Array, step: jax.Array, image_index: jax.Array
+) -> DropoutKeys:
+  """The keys of a step's dropout, see `image_keys`."""
+  return DropoutKeys(
+    *(
+      image_keys(key, step, image_index, stream=stream)
+      for stream in (NECK, CELLS)
+    )
+  )

@@ -78,12 +78,10 @@ def make_mining_gradients(
 
   @jax.jit
   def mining_gradients(state: TrainState, batch: Batch):
-    keys = random_keys.image_keys(
-      key, state.step, batch.image_index, stream=random_keys.DROPOUT
-    )
+    keys = random_keys.dropout_keys(key, state.step, batch.image_index)
     counts = mining_counts(batch)
 
-    def gradients(part: tuple[Batch, jax.Array]):
+    def gradients(part: tuple[Batch, random_keys.DropoutKeys]):
       def function(params):
         return mining_loss(
           model,

@@ -10,7 +10,7 @@ import pytest
 from jtsm_jax.models import proposal_blocks
 from jtsm_jax.train import objectives
 from jtsm_jax.train.cost import peak_bytes
-from jtsm_jax.train.random_keys import image_keys
+from jtsm_jax.train.random_keys import dropout_keys
 from tests import tiny
 
 KEY = jax.random.key(5)
@@ -24,7 +24,7 @@ def _loss(variables, batch, *, model=MODEL, proposal_block):
     model,
     variables,
     batch,
-    image_keys(KEY, 3, batch.image_index, stream=0),
+    dropout_keys(KEY, 3, batch.image_index),
     counts=objectives.mining_counts(batch),
     mining=objectives.MiningSettings(num_things=tiny.NUM_THINGS, num_slots=5),
     losses=objectives.LossSettings(),

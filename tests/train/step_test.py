@@ -14,7 +14,7 @@ import pytest
 
 from jtsm_jax.evaluation.inference import make_score_step
 from jtsm_jax.train import objectives, step, warm_up
-from jtsm_jax.train.random_keys import image_keys
+from jtsm_jax.train.random_keys import INSTANCES, dropout_keys, image_keys
 from jtsm_jax.train.schedule import make_optimizer
 from jtsm_jax.train.state import TrainState
 from jtsm_jax.types import pack_members
@@ -38,16 +38,12 @@ def _state(model, *, optimizer=OPTIMIZER):
   )
 
 
-def _keys(batch, stream):
-  return image_keys(KEY, 3, batch.image_index, stream=stream)
-
-
 def _mining_loss(model, variables, batch):
   return objectives.mining_loss(
     model,
     variables,
     batch,
-    _keys(batch, 0),
+    dropout_keys(KEY, 3, batch.image_index),
     counts=objectives.mining_counts(batch),
     mining=MINING,
     losses=LOSSES,
@@ -60,7 +56,7 @@ def _branch_loss(model, variables, batch, mined, pseudo):
     batch,
     mined,
     pseudo,
-    _keys(batch, 1),
+    image_keys(KEY, 3, batch.image_index, stream=INSTANCES),
     num_things=tiny.NUM_THINGS,
     losses=LOSSES,
   )
