@@ -239,6 +239,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.evaluation.calibrate = False  # class thresholds from the training tags
   # Each thing that an image shows, by those thresholds, is in its panoptic map.
   c.evaluation.show_present = False
+  # Of GrabCut on the detections' masks: their outlines follow the colours.
+  c.evaluation.outline_rounds = 0
   c.evaluation.mil_share = 0.0  # of S^MIL in the average of the heads
   c.evaluation.mask_share = 1.0  # of the instance branch, against proposals
   c.evaluation.semantic_share = 1.0  # of the semantic branch, against votes

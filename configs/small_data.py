@@ -45,6 +45,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.evaluation.calibrate = True
   c.evaluation.show_present = True
+  c.evaluation.outline_rounds = 2
+  c.evaluation.nms_iou = 0.3
   c.evaluation.mil_share = 0.5
   c.evaluation.mask_share = 0.6
   c.evaluation.semantic_share = 0.5

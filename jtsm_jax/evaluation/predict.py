@@ -18,6 +18,7 @@ from jtsm_jax.data.pipeline import (
   with_fallback,
 )
 from jtsm_jax.data.prepared import RecordSource
+from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.evaluation.class_calibration import (
   ClassCalibration,
   calibrate_classes,
@@ -30,6 +31,7 @@ from jtsm_jax.evaluation.inference import (
   paste_masks,
   superpixel_votes,
 )
+from jtsm_jax.evaluation.outlines import follow_colours
 from jtsm_jax.train.feature_cache import FeatureCache
 from jtsm_jax.types import Batch, Detections, PanopticMap
 
@@ -52,6 +54,9 @@ class PredictionSettings:
     show_present: a thing that the image shows, by the threshold of its image
       score, is in the panoptic map: its scores are raised so that the best one
       reaches `fusion.instance_score`.
+    outline_rounds: of GrabCut, which makes the outlines of detections follow
+      the colours of the image; of those that reach `fusion.instance_score`.
+      0 = none (paper).
     detection: see there.
     fusion: see there.
   """
@@ -64,6 +69,7 @@ class PredictionSettings:
   mask_share: float = 1.0
   semantic_share: float = 1.0
   show_present: bool = False
+  outline_rounds: int = 0
   detection: DetectionSettings = dataclasses.field(
     default_factory=DetectionSettings
   )
@@ -150,10 +156,14 @@ def predict(
           limit=settings.detection.max_detections,
         )
       for i, proposals, y, present, calibrated, detections in found:
-        if box_masks is not None:
-          detections = _with_box_masks(
-            detections, box_masks[i], share=settings.mask_share
-          )
+        index = int(views[0].batch.image_index[i])
+        detections = _with_masks(
+          detections,
+          box_masks[i] if box_masks is not None else None,
+          source,
+          index,
+          settings,
+        )
         stuff, stuff_score = _stuff_map(
           calibrated,
           proposals,
@@ -170,7 +180,6 @@ def predict(
           num_things=num_things,
           settings=settings.fusion,
         )
-        index = int(views[0].batch.image_index[i])
         yield Prediction(index, panoptic, detections, calibrated, y)
         bar.update()
 
@@ -290,14 +299,28 @@ def _mean_box_masks(
   }
 
 
-def _with_box_masks(
-  detections: Detections, box_masks: np.ndarray, *, share: float
+def _with_masks(
+  detections: Detections,
+  box_masks: np.ndarray | None,
+  source: RecordSource,
+  index: int,
+  settings: PredictionSettings,
 ) -> Detections:
-  """Detections whose masks are the mean of the branch's and their own."""
-  pasted = paste_masks(box_masks, detections.boxes, detections.masks.shape[1:])
-  return dataclasses.replace(
-    detections, masks=share * pasted + (1 - share) * detections.masks >= 0.5
-  )
+  """Detections with their final masks in place of the proposals' own."""
+  probabilities = detections.masks.astype(np.float32)
+  if box_masks is not None:
+    pasted = paste_masks(box_masks, detections.boxes, probabilities.shape[1:])
+    probabilities += settings.mask_share * (pasted - probabilities)
+  masks = probabilities >= 0.5
+  (shown,) = np.nonzero(detections.score >= settings.fusion.instance_score)
+  if settings.outline_rounds and len(shown):
+    record = source[index]
+    image = decode_image(record.image, name=record.image_id)
+    for n in shown:
+      masks[n] = follow_colours(
+        image, probabilities[n], rounds=settings.outline_rounds
+      )
+  return dataclasses.replace(detections, masks=masks)
 
 
 def _stuff_map(scores, proposals, views, i, present, num_things, *, share):

@@ -86,6 +86,7 @@ def prediction_settings(config: Config) -> PredictionSettings:
     mask_share=e.mask_share,
     semantic_share=e.semantic_share,
     show_present=e.show_present,
+    outline_rounds=e.outline_rounds,
     detection=DetectionSettings(
       nms_iou=e.nms_iou,
       nms_kind=e.nms_kind,

@@ -10,6 +10,7 @@ from PIL import Image
 from jtsm_jax.data import pipeline, sampling
 from jtsm_jax.evaluation import predict as predict_lib
 from jtsm_jax.evaluation.class_calibration import ClassCalibration
+from jtsm_jax.evaluation.fusion import FusionSettings
 from jtsm_jax.evaluation.inference import make_steps
 from jtsm_jax.evaluation.predict import PredictionSettings
 from jtsm_jax.types import Detections, Proposals, Record, pack_members
@@ -274,3 +275,45 @@ def test_each_image_is_predicted_once(toy):
     assert prediction.panoptic.ids.shape == size
     assert prediction.detections.masks.shape[1:] == size
     assert prediction.scores.shape == (2, tiny.K)
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_outlines_of_what_is_shown_follow_the_colours(toy, rounds, monkeypatch):
+  steps, source, store = toy
+
+  def follow_colours(image, probability, *, rounds):
+    assert rounds == 2
+    seen.append((image, probability))
+    return np.zeros(probability.shape, bool)
+
+  monkeypatch.setattr(predict_lib, "follow_colours", follow_colours)
+  seen = []
+  settings = dataclasses.replace(
+    SETTINGS, outline_rounds=rounds, fusion=FusionSettings(instance_score=0.1)
+  )
+  predictions = predict_lib.predict(
+    steps,
+    source,
+    store,
+    calibration=ClassCalibration.neutral(tiny.K),
+    num_things=tiny.NUM_THINGS,
+    settings=settings,
+  )
+  shown = 0
+  for prediction in predictions:
+    record = source[prediction.index]
+    pixels = np.asarray(Image.open(io.BytesIO(record.image)))
+    for image, probability in seen:
+      np.testing.assert_array_equal(image, pixels)
+      assert probability.shape == pixels.shape[:2]
+    strong = prediction.detections.score >= 0.1
+    shown += strong.sum()
+    if rounds:
+      assert len(seen) == strong.sum()
+      assert not prediction.detections.masks[strong].any()
+      assert not any(s.is_thing for s in prediction.panoptic.segments)
+    else:
+      assert not seen
+      assert any(s.is_thing for s in prediction.panoptic.segments)
+    seen.clear()
+  assert shown
