@@ -26,7 +26,8 @@ class Scores:
 
   Attributes:
     proposals: [B, P, K] float32 in [0, 1].
-    image: [B, K] float32 in (0, 1), the image-level scores y.
+    image: [B, K] float32 in [0, 1), the image-level scores y; with a cell head
+      its maps have a say, too.
     semantic: [B, Hf, Wf, 1 + stuff] float32 probabilities, 0 = a thing; None
       without a semantic branch.
     features: [B, Hf, Wf, C], for the instance branch.
@@ -101,7 +102,8 @@ def make_score_step(
   normalised so that the best proposal of a class has the class's image score.
 
   With a cell head the scores are multiplied by how well a proposal matches the
-  map of the class, and the semantic probabilities are the mean of the semantic
+  map of the class, an image's score is the geometric mean of S^MIL's and of
+  what its maps say (`cells.map_presence`), and the semantic probabilities are the mean of the semantic
   branch's and of the maps.
 
   Args:
@@ -131,16 +133,17 @@ def make_score_step(
     scores = mil
     if heads:
       scores = (1 - mil_share) * sum(heads) / len(heads) + mil_share * mil
-    semantic = None
+    image, semantic = outputs.image_scores, None
     if model.semantic is not None:
       semantic = jax.nn.softmax(
         model.apply(variables, features, method="semantic_logits")
       )
     if model.cells is not None:
+      inside = model.inside(batch)
       maps = cells.class_maps(
-        model.apply(variables, features, method="cell_logits"),
-        model.inside(batch),
+        model.apply(variables, features, method="cell_logits"), inside
       )
+      image = jnp.sqrt(image * cells.map_presence(maps, inside))
       scores *= cells.map_overlap(maps, batch)
       if semantic is not None:
         num_things = maps.shape[-1] + 1 - semantic.shape[-1]
@@ -150,7 +153,7 @@ def make_score_step(
         semantic = (semantic + maps) / 2
     return Scores(
       proposals=jnp.where(batch.valid[..., None], scores, 0.0),
-      image=outputs.image_scores,
+      image=image,
       semantic=semantic,
       features=features,
     )

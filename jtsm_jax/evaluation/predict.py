@@ -85,7 +85,7 @@ class Prediction:
     panoptic: the panoptic map.
     detections: before the fusion, best first.
     scores: [P, K] float32 of the proposals, calibrated.
-    image_scores: [K] float32, y.
+    image_scores: [K] float32, see `inference.Scores.image`.
   """
 
   index: int

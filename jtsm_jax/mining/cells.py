@@ -89,6 +89,23 @@ def class_maps(
   return jax.nn.softmax(logits) * inside[..., None]
 
 
+def map_presence(maps: jax.Array, inside: jax.Array) -> jax.Array:
+  """How much the maps speak for each class in an image.
+
+  The fourth power mean of the cells: between the mean, for which a small thing
+  is nothing, and the maximum, for which one cell is enough.
+
+  Args:
+    maps: [B, Hf, Wf, K] float32 in [0, 1], 0 outside the image.
+    inside: [B, Hf, Wf] bool.
+
+  Returns:
+    [B, K] float32 in [0, 1]; 0 without a cell inside.
+  """
+  count = jnp.maximum(inside.sum((1, 2)), 1)
+  return ((maps**4).sum((1, 2)) / count[:, None]) ** 0.25
+
+
 def map_overlap(maps: jax.Array, batch: Batch) -> jax.Array:
   """How well each proposal matches the map of each class: their soft IoU.
 

@@ -92,6 +92,17 @@ def test_maps_of_all_classes():
   np.testing.assert_allclose(maps[inside], wanted[inside], rtol=1e-5)
 
 
+def test_presence_is_the_fourth_power_mean_inside():
+  maps = np.zeros((2, 2, 3, 2), np.float32)
+  inside = np.zeros((2, 2, 3), bool)
+  inside[0, :, :2] = True
+  maps[0, :, :2] = [[[0.5, 0.1], [0.5, 0.0]], [[0.5, 0.0], [0.5, 0.8]]]
+  found = cells.map_presence(maps, inside)
+  wanted = ((0.1**4 + 0.8**4) / 4) ** 0.25
+  np.testing.assert_allclose(found[0], [0.5, wanted], rtol=1e-5)
+  np.testing.assert_array_equal(found[1], 0)  # no cell lies in the image
+
+
 def test_overlap_is_the_soft_iou_pixel_by_pixel():
   batch = tiny.make_batch(2, seed=3)
   grid = tuple(side // tiny.STRIDE for side in tiny.CANVAS)
