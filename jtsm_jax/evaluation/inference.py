@@ -103,8 +103,8 @@ def make_score_step(
 
   With a cell head the scores are multiplied by how well a proposal matches the
   map of the class, an image's score is the geometric mean of S^MIL's and of
-  what its maps say (`cells.map_presence`), and the semantic probabilities are the mean of the semantic
-  branch's and of the maps.
+  what its maps say (`cells.map_presence`), and the semantic probabilities are
+  the mean of the semantic branch's and of the maps.
 
   Args:
     model: the model.
