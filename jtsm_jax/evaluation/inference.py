@@ -26,8 +26,8 @@ class Scores:
 
   Attributes:
     proposals: [B, P, K] float32 in [0, 1].
-    image: [B, K] float32 in [0, 1), the image-level scores y; with a cell head
-      its maps have a say, too.
+    image: [B, K] float32 in [0, 1], the image-level scores y; with a cell head
+      those of stuff come from `semantic`.
     semantic: [B, Hf, Wf, 1 + stuff] float32 probabilities, 0 = a thing; None
       without a semantic branch.
     features: [B, Hf, Wf, C], for the instance branch.
@@ -102,9 +102,9 @@ def make_score_step(
   normalised so that the best proposal of a class has the class's image score.
 
   With a cell head the scores are multiplied by how well a proposal matches the
-  map of the class, an image's score is the geometric mean of S^MIL's and of
-  what its maps say (`cells.map_presence`), and the semantic probabilities are
-  the mean of the semantic branch's and of the maps.
+  map of the class. The semantic probabilities are the mean of the semantic
+  branch's and of the maps then, and what they say of an image is its score for
+  stuff (`cells.map_presence`).
 
   Args:
     model: the model.
@@ -143,7 +143,6 @@ def make_score_step(
       maps = cells.class_maps(
         model.apply(variables, features, method="cell_logits"), inside
       )
-      image = jnp.sqrt(image * cells.map_presence(maps, inside))
       scores *= cells.map_overlap(maps, batch)
       if semantic is not None:
         num_things = maps.shape[-1] + 1 - semantic.shape[-1]
@@ -151,6 +150,8 @@ def make_score_step(
         stuff = maps[..., num_things:]
         maps = jnp.concatenate([thing, stuff], axis=-1)
         semantic = (semantic + maps) / 2
+        presence = cells.map_presence(semantic[..., 1:], inside)
+        image = image.at[:, num_things:].set(presence)
     return Scores(
       proposals=jnp.where(batch.valid[..., None], scores, 0.0),
       image=image,

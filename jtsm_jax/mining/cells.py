@@ -96,14 +96,15 @@ def map_presence(maps: jax.Array, inside: jax.Array) -> jax.Array:
   is nothing, and the maximum, for which one cell is enough.
 
   Args:
-    maps: [B, Hf, Wf, K] float32 in [0, 1], 0 outside the image.
-    inside: [B, Hf, Wf] bool.
+    maps: [B, Hf, Wf, K] float32 in [0, 1].
+    inside: [B, Hf, Wf] bool, cells that lie in the image.
 
   Returns:
     [B, K] float32 in [0, 1]; 0 without a cell inside.
   """
   count = jnp.maximum(inside.sum((1, 2)), 1)
-  return ((maps**4).sum((1, 2)) / count[:, None]) ** 0.25
+  powers = jnp.where(inside[..., None], maps**4, 0)
+  return (powers.sum((1, 2)) / count[:, None]) ** 0.25
 
 
 def map_overlap(maps: jax.Array, batch: Batch) -> jax.Array:

@@ -93,7 +93,7 @@ def test_maps_of_all_classes():
 
 
 def test_presence_is_the_fourth_power_mean_inside():
-  maps = np.zeros((2, 2, 3, 2), np.float32)
+  maps = np.ones((2, 2, 3, 2), np.float32)
   inside = np.zeros((2, 2, 3), bool)
   inside[0, :, :2] = True
   maps[0, :, :2] = [[[0.5, 0.1], [0.5, 0.0]], [[0.5, 0.0], [0.5, 0.8]]]
