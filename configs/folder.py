@@ -16,10 +16,10 @@ from configs import small_data
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Photographs both ways up; heads that are tied over the bins."""
+  """Photographs both ways up, in two sizes; heads that are tied over the bins."""
   c = small_data.get_config()
-  c.data.canvases = ((320, 480), (480, 320))
-  c.evaluation.canvases = ((320, 480), (480, 320))
+  c.data.canvases = ((320, 480), (480, 320), (480, 720), (720, 480))
+  c.evaluation.canvases = c.data.canvases
   c.proposals.num_superpixels = 300
   c.proposals.max_proposals = 400
   c.pooling.reduce = "mean"
