@@ -16,7 +16,7 @@ from configs import small_data
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Photographs both ways up, in two sizes; heads that are tied over the bins."""
+  """Photographs both ways up, in two sizes; heads tied over the bins."""
   c = small_data.get_config()
   c.data.canvases = ((320, 480), (480, 320), (480, 720), (720, 480))
   c.evaluation.canvases = c.data.canvases
