@@ -9,11 +9,12 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from jtsm_jax.mining.masks import grab_cut, is_foreground
+
 _SURE = 0.95  # probability of what stays foreground
 _OUT = 0.02  # of what stays background
 _BLUR = 0.0125  # standard deviation, in longest sides of the image
 _LEAST = 0.3  # a mask that loses more of its area than 1 - this is refused
-_SEED = 0  # of the k-means that starts GrabCut's colour models
 
 
 def follow_colours(
@@ -56,20 +57,14 @@ def follow_colours(
     [cv2.GC_FGD, cv2.GC_PR_FGD, cv2.GC_PR_BGD],
     cv2.GC_BGD,
   ).astype(np.uint8)
-  before = _is_foreground(labels)
+  before = is_foreground(labels)
   if not before.any() or before.all():
     return plain
-  cv2.setRNGSeed(_SEED)  # the generator is the thread's own
-  cv2.grabCut(
-    cv2.resize(image, size, interpolation=cv2.INTER_AREA)[..., ::-1].copy(),
+  found = grab_cut(
+    cv2.resize(image, size, interpolation=cv2.INTER_AREA),
     labels,
-    None,
-    np.zeros((1, 65)),
-    np.zeros((1, 65)),
-    rounds,
-    cv2.GC_INIT_WITH_MASK,
+    iterations=rounds,
   )
-  found = _is_foreground(labels)
   if found.sum() < _LEAST * before.sum():
     return plain
   full = cv2.resize(
@@ -78,7 +73,3 @@ def follow_colours(
     interpolation=cv2.INTER_LINEAR,
   )
   return full >= 128
-
-
-def _is_foreground(labels: np.ndarray) -> np.ndarray:
-  return (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)

@@ -88,17 +88,37 @@ def reestimate_mask(
     labels[box] = cv2.GC_PR_FGD
     if labels.all():  # no background: the authors give it a border of 3 pixels
       labels[:3] = labels[-3:] = labels[:, :3] = labels[:, -3:] = cv2.GC_BGD
-  is_foreground = (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
-  if (
-    labels[box].size < MIN_BOX_AREA
-    or is_foreground.all()
-    or not is_foreground.any()
-  ):
+  before = is_foreground(labels)
+  if labels[box].size < MIN_BOX_AREA or before.all() or not before.any():
     return segment.copy()
 
+  found = grab_cut(small_image, labels, iterations=iterations)
+  full = _resize(_grey(found), (height, width), area=not shrinks) >= 128
+  mask = np.zeros_like(segment)
+  mask[y0:y1, x0:x1] = full[y0:y1, x0:x1]
+  if init == "segment":
+    mask |= segment
+  return mask if mask.any() else segment.copy()
+
+
+def grab_cut(
+  image: np.ndarray, labels: np.ndarray, *, iterations: int
+) -> np.ndarray:
+  """GrabCut from given labels; a pure function of them, in any thread.
+
+  Args:
+    image: [H, W, 3] uint8 RGB.
+    labels: [H, W] uint8 of cv2's GC_BGD, GC_FGD, GC_PR_BGD and GC_PR_FGD, some
+      of them foreground and some background.
+    iterations: rounds.
+
+  Returns:
+    [H, W] bool, the foreground.
+  """
+  labels = labels.copy()
   cv2.setRNGSeed(_SEED)  # the generator is the thread's own
   cv2.grabCut(
-    small_image[..., ::-1].copy(),
+    image[..., ::-1].copy(),
     labels,
     None,
     np.zeros((1, 65)),
@@ -106,13 +126,12 @@ def reestimate_mask(
     iterations,
     cv2.GC_INIT_WITH_MASK,
   )
-  found = (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
-  full = _resize(_grey(found), (height, width), area=not shrinks) >= 128
-  mask = np.zeros_like(segment)
-  mask[y0:y1, x0:x1] = full[y0:y1, x0:x1]
-  if init == "segment":
-    mask |= segment
-  return mask if mask.any() else segment.copy()
+  return is_foreground(labels)
+
+
+def is_foreground(labels: np.ndarray) -> np.ndarray:
+  """Firm or probable foreground among GrabCut's labels."""
+  return (labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)
 
 
 class MaskReestimator:

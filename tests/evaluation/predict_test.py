@@ -135,6 +135,18 @@ def toy():
   return steps, source, store
 
 
+def _predict(toy, *, settings=SETTINGS, calibration=None):
+  steps, source, store = toy
+  return predict_lib.predict(
+    steps,
+    source,
+    store,
+    calibration=calibration or ClassCalibration.neutral(tiny.K),
+    num_things=tiny.NUM_THINGS,
+    settings=settings,
+  )
+
+
 def test_scores_are_the_mean_of_all_views(toy):
   steps, source, store = toy
   groups = list(predict_lib._score(steps.score, source, store, SETTINGS, None))
@@ -212,22 +224,9 @@ def test_scores_are_raised_to_what_is_shown():
 
 
 def test_what_is_shown_has_a_segment(toy):
-  steps, source, store = toy
   # Scores of 1e-3 of the best: without help nothing is sure enough.
   neutral = ClassCalibration.neutral(tiny.K)
-  image = np.stack(
-    [
-      p.image_scores
-      for p in predict_lib.predict(
-        steps,
-        source,
-        store,
-        calibration=neutral,
-        num_things=tiny.NUM_THINGS,
-        settings=SETTINGS,
-      )
-    ]
-  )
+  image = np.stack([p.image_scores for p in _predict(toy)])
   calibration = dataclasses.replace(
     neutral,
     score_scale=np.full(tiny.K, 1e3, np.float32),
@@ -243,14 +242,7 @@ def test_what_is_shown_has_a_segment(toy):
     )
     return [
       {s.category for s in p.panoptic.segments if s.is_thing}
-      for p in predict_lib.predict(
-        steps,
-        source,
-        store,
-        calibration=calibration,
-        num_things=tiny.NUM_THINGS,
-        settings=settings,
-      )
+      for p in _predict(toy, settings=settings, calibration=calibration)
     ]
 
   assert categories(show_present=False) == [set()] * 3
@@ -258,17 +250,8 @@ def test_what_is_shown_has_a_segment(toy):
 
 
 def test_each_image_is_predicted_once(toy):
-  steps, source, store = toy
-  found = list(
-    predict_lib.predict(
-      steps,
-      source,
-      store,
-      calibration=ClassCalibration.neutral(tiny.K),
-      num_things=tiny.NUM_THINGS,
-      settings=SETTINGS,
-    )
-  )
+  _, source, _ = toy
+  found = list(_predict(toy))
   assert [p.index for p in found] == [0, 1, 2]
   for prediction in found:
     size = tuple(source.sizes[prediction.index])
@@ -279,7 +262,7 @@ def test_each_image_is_predicted_once(toy):
 
 @pytest.mark.parametrize("rounds", [0, 2])
 def test_outlines_of_what_is_shown_follow_the_colours(toy, rounds, monkeypatch):
-  steps, source, store = toy
+  _, source, _ = toy
 
   def follow_colours(image, probability, *, rounds):
     assert rounds == 2
@@ -291,16 +274,8 @@ def test_outlines_of_what_is_shown_follow_the_colours(toy, rounds, monkeypatch):
   settings = dataclasses.replace(
     SETTINGS, outline_rounds=rounds, fusion=FusionSettings(instance_score=0.1)
   )
-  predictions = predict_lib.predict(
-    steps,
-    source,
-    store,
-    calibration=ClassCalibration.neutral(tiny.K),
-    num_things=tiny.NUM_THINGS,
-    settings=settings,
-  )
   shown = 0
-  for prediction in predictions:
+  for prediction in _predict(toy, settings=settings):
     record = source[prediction.index]
     pixels = np.asarray(Image.open(io.BytesIO(record.image)))
     for image, probability in seen:
