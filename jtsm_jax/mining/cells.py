@@ -132,7 +132,9 @@ def _map_overlap_image(maps, superpixels, membership):
   multiply = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
   members = membership.astype(jnp.float32)
   flat = coverage.reshape(num_superpixels, -1)
+  # A cell at the border has fewer pixels.
   maps = maps.reshape(-1, maps.shape[-1])
+  in_image = flat.sum(0)[:, None] * maps
   intersection = multiply(members, multiply(flat, maps))
-  size = multiply(members, flat.sum(1))[:, None] + maps.sum(0)
+  size = multiply(members, flat.sum(1))[:, None] + in_image.sum(0)
   return intersection / jnp.maximum(size - intersection, 1e-6)

@@ -103,8 +103,10 @@ def test_presence_is_the_fourth_power_mean_inside():
   np.testing.assert_array_equal(found[1], 0)  # no cell lies in the image
 
 
-def test_overlap_is_the_soft_iou_pixel_by_pixel():
-  batch = tiny.make_batch(2, seed=3)
+@pytest.mark.parametrize("image", [tiny.IMAGE, (37, 45)])
+def test_overlap_is_the_soft_iou_pixel_by_pixel(image):
+  # The sides of the second image end within a cell.
+  batch = tiny.make_batch(2, seed=3, image=image)
   grid = tuple(side // tiny.STRIDE for side in tiny.CANVAS)
   rng = np.random.default_rng(4)
   maps = rng.uniform(size=(2, *grid, tiny.K)).astype(np.float32)
@@ -113,10 +115,12 @@ def test_overlap_is_the_soft_iou_pixel_by_pixel():
   masks = np.asarray(tiny.proposal_masks(batch))
   for b in range(2):
     pixels = maps[b].repeat(tiny.STRIDE, 0).repeat(tiny.STRIDE, 1)
+    pixels = pixels[: image[0], : image[1]]
     for p in range(tiny.P):
+      mask = masks[b, p, : image[0], : image[1]]
       for k in range(tiny.K):
-        intersection = pixels[masks[b, p], k].sum()
-        union = masks[b, p].sum() + pixels[..., k].sum() - intersection
+        intersection = pixels[mask, k].sum()
+        union = mask.sum() + pixels[..., k].sum() - intersection
         np.testing.assert_allclose(
           found[b, p, k], intersection / union, rtol=1e-4
         )
