@@ -140,7 +140,7 @@ def folder_source(root: PathOrUrl, *, name: str | None = None) -> Source:
   """
   root = data_path(root)
   categories, train, val = read_folder(root)
-  _report(root, train, val)
+  _report(root, categories, train, val)
   found = names_in(root)
   truths = [root / name for name in _TRUTHS if name in found]
   if len(truths) > 1:
@@ -309,9 +309,20 @@ def _decode_labels(path: AnyPath) -> np.ndarray:
 
 
 def _report(
-  root: AnyPath, train: list[FolderEntry], val: list[FolderEntry]
+  root: AnyPath,
+  categories: Categories,
+  train: list[FolderEntry],
+  val: list[FolderEntry],
 ) -> None:
   """Says on stderr what lies in the folder but is not used."""
+  tagged = {index for entry in train for index in entry.tags}
+  never = [n for i, n in enumerate(categories.names) if i not in tagged]
+  if never:
+    print(
+      f"{root}: no training image is tagged with {', '.join(never)}; nothing is"
+      " learnt of what no image shows",
+      file=sys.stderr,
+    )
   listed = {PurePosixPath(entry.name).as_posix() for entry in train + val}
   unused = sum(name not in listed for name in file_names(root / "images"))
   if unused:

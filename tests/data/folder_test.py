@@ -413,7 +413,16 @@ def test_says_what_is_not_used(root, capsys):
   (root / "panoptic_val.json").write_text("{}")
   (root / "val_tags.csv").unlink()
   folder.folder_source(root)
-  assert "panoptic_val.json is not used" in capsys.readouterr().err
+  said = capsys.readouterr().err
+  assert "panoptic_val.json is not used" in said
+  assert "tagged with" not in said
+
+
+def test_says_of_which_classes_nothing_is_learnt(root, capsys):
+  (root / "train_tags.csv").write_text("image,tags\na.jpg,sky\n")
+  folder.folder_source(root)
+  said = capsys.readouterr().err
+  assert "no training image is tagged with cow, Sheep dog; nothing" in said
 
 
 def remove(name):
