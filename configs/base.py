@@ -237,7 +237,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.evaluation.ema = False  # the averaged weights, also for predict and export
   c.evaluation.voc_metric = "area"  # of boxes; "11point" for VOC 2007
   c.evaluation.calibrate = False  # class thresholds from the training tags
-  # Each thing that an image shows, by those thresholds, is in its panoptic map.
+  # The best detection of each thing that an image shows, by those thresholds,
+  # is sure enough for the panoptic map.
   c.evaluation.show_present = False
   # Of GrabCut on the detections' masks: their outlines follow the colours.
   c.evaluation.outline_rounds = 0

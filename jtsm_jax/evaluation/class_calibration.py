@@ -17,6 +17,9 @@ import numpy as np
 
 from jtsm_jax.types import Categories, InputError
 
+NEVER = 2.0
+"""The threshold of a class that no training image shows: no y reaches it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ClassCalibration:
@@ -52,7 +55,8 @@ def calibrate_classes(
 
   Returns:
     The thresholds with the best F1 of the tags, and the mean best score over
-    the tagged images. A class without a tagged image keeps 0 and 1.
+    the tagged images. A class without a tagged image, of which nothing was
+    learnt, is never present.
   """
   num_classes = tags.shape[1]
   calibration = ClassCalibration.neutral(num_classes)
@@ -63,6 +67,8 @@ def calibrate_classes(
         image_scores[:, c], tagged
       )
       calibration.score_scale[c] = max(best_scores[tagged, c].mean(), 1e-6)
+    else:
+      calibration.tag_threshold[c] = NEVER
   return calibration
 
 

@@ -27,7 +27,7 @@ class Scores:
   Attributes:
     proposals: [B, P, K] float32 in [0, 1].
     image: [B, K] float32 in [0, 1], the image-level scores y; with a cell head
-      those of stuff come from `semantic`.
+      and a semantic branch those of stuff come from `semantic`.
     semantic: [B, Hf, Wf, 1 + stuff] float32 probabilities, 0 = a thing; None
       without a semantic branch.
     features: [B, Hf, Wf, C], for the instance branch.
@@ -102,9 +102,9 @@ def make_score_step(
   normalised so that the best proposal of a class has the class's image score.
 
   With a cell head the scores are multiplied by how well a proposal matches the
-  map of the class. The semantic probabilities are the mean of the semantic
-  branch's and of the maps then, and what they say of an image is its score for
-  stuff (`cells.map_presence`).
+  map of the class. With a semantic branch, too, the semantic probabilities are
+  the mean of the branch's and of the maps, and what they say of an image is its
+  score for stuff (`cells.map_presence`).
 
   Args:
     model: the model.

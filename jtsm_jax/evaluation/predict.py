@@ -51,9 +51,10 @@ class PredictionSettings:
       1 takes the branch alone (paper).
     semantic_share: weight of the semantic branch against the votes of the
       proposals; 1 takes the branch alone (paper).
-    show_present: a thing that the image shows, by the threshold of its image
-      score, is in the panoptic map: its scores are raised so that the best one
-      reaches `fusion.instance_score`.
+    show_present: the scores of a thing that the image shows, by the threshold
+      of its image score, are raised so that the best one reaches
+      `fusion.instance_score`. Only what covers it can then keep it out of the
+      panoptic map.
     outline_rounds: of GrabCut, which makes the outlines of detections follow
       the colours of the image; of those that reach `fusion.instance_score`.
       0 = none (paper).
@@ -136,15 +137,19 @@ def predict(
         proposals = get_proposals(source.image_ids[index], size)
         proposals = proposals.best(settings.max_proposals)
         y = image_scores[i]
-        present = y >= calibration.tag_threshold
-        present[y.argmax()] = True  # every image shows something
+        shown = y >= calibration.tag_threshold
+        present = shown.copy()
+        # Every image shows something: what comes nearest to its threshold.
+        nearest = y / np.maximum(calibration.tag_threshold, 1e-12)
+        present[nearest.argmax()] = True
         calibrated = np.minimum(
           scores[i, : len(proposals)] / calibration.score_scale, 1.0
         )
         calibrated = calibrated * present
         things = calibrated[:, :num_things]
         if settings.show_present:
-          things = raise_to(things, settings.fusion.instance_score)
+          raised = raise_to(things, settings.fusion.instance_score)
+          things = np.where(shown[:num_things], raised, things)
         detections = detect(things, proposals, settings=settings.detection)
         found.append((i, proposals, y, present, calibrated, detections))
       box_masks = None

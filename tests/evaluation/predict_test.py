@@ -235,18 +235,35 @@ def test_what_is_shown_has_a_segment(toy):
     ),
   )
 
-  def categories(show_present):
+  def predict(show_present):
     detection = dataclasses.replace(SETTINGS.detection, min_score=0)
     settings = dataclasses.replace(
       SETTINGS, show_present=show_present, mask_share=0, detection=detection
     )
-    return [
-      {s.category for s in p.panoptic.segments if s.is_thing}
-      for p in _predict(toy, settings=settings, calibration=calibration)
-    ]
+    return list(_predict(toy, settings=settings, calibration=calibration))
 
-  assert categories(show_present=False) == [set()] * 3
-  assert all(1 in found for found in categories(show_present=True))
+  def things(prediction):
+    segments = prediction.panoptic.segments
+    return {s.category for s in segments if s.is_thing}
+
+  assert [things(p) for p in predict(False)] == [set()] * 3
+  # Nothing else: no other class reaches its threshold of 2.
+  assert [things(p) for p in predict(True)] == [{1}] * 3
+
+
+def test_what_is_nearest_to_its_threshold_is_present_but_not_raised(toy):
+  # No class reaches its threshold; class 1 has the smaller y, and the nearer.
+  image = np.stack([p.image_scores for p in _predict(toy)])
+  threshold = np.full(tiny.K, 1e3, np.float32)
+  threshold[1] = 2 * image[:, 1].max()
+  assert (image.argmax(1) != 1).any()
+  calibration = ClassCalibration(threshold, np.full(tiny.K, 1e3, np.float32))
+  settings = dataclasses.replace(SETTINGS, show_present=True)
+  found = list(_predict(toy, settings=settings, calibration=calibration))
+  for prediction in found:
+    assert prediction.scores[:, 1].all()
+    assert not np.delete(prediction.scores, 1, axis=1).any()
+    assert not any(s.is_thing for s in prediction.panoptic.segments)
 
 
 def test_each_image_is_predicted_once(toy):
