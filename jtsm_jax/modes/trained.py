@@ -86,7 +86,8 @@ def prediction_settings(config: Config) -> PredictionSettings:
     mask_share=e.mask_share,
     semantic_share=e.semantic_share,
     show_present=e.show_present,
-    outline_rounds=e.outline_rounds,
+    # Boxes are all that a detector tells.
+    outline_rounds=0 if config.task == "detection" else e.outline_rounds,
     detection=DetectionSettings(
       nms_iou=e.nms_iou,
       nms_kind=e.nms_kind,

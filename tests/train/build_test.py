@@ -12,6 +12,7 @@ import configs
 from configs import ablations, base, variants
 from jtsm_jax.backbones import pretrained
 from jtsm_jax.backbones.resnet_ws import ResNetWS
+from jtsm_jax.modes.trained import prediction_settings
 from jtsm_jax.train import build
 from jtsm_jax.types import Batch, Categories, Category, InputError
 
@@ -89,6 +90,14 @@ def test_names_that_are_not_there_are_told(file):
   module = importlib.import_module(f"configs.{file}")
   with pytest.raises(ValueError, match=r"'resnet19'.*wanted one of .*, "):
     module.get_config("resnet19")
+
+
+def test_a_detector_draws_no_outlines():
+  # Its boxes are measured, and those of what GrabCut leaves would differ.
+  config = importlib.import_module("configs.folder").get_config()
+  assert prediction_settings(config).outline_rounds > 0
+  config.task = "detection"
+  assert prediction_settings(config).outline_rounds == 0
 
 
 def test_rows_of_the_paper():
