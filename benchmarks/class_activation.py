@@ -8,8 +8,10 @@ puts in place of all that the run has learnt a linear classifier of the mean
 feature, trained on the same tags: at each cell it is a class activation map
 (Zhou et al., "Learning deep features for discriminative localization", 2016).
 A proposal's score is how well it matches the map of the class, times the
-image's score; the map of the stuff classes joins the proposals' votes. This is
-the "combination" row of Table 4 in small: nothing is mined or refined.
+image's score; the map of the stuff classes joins the proposals' votes, and
+masks, which have no instance branch, are the proposals' own, with the run's
+outlines. This is the "combination" row of Table 4 in small: nothing is mined or
+refined.
 
 Prints the table of --mode=evaluate, and writes
 WORKDIR/class_activation/metrics.json.
@@ -64,11 +66,17 @@ def main(_: list[str]) -> None:
   x, tags = mean_features(
     model, variables, data.splits["train"], store, settings, caches["train"]
   )
-  params = train_classifier(x, tags, config.seed)
+  params = train_classifier(x, tags, steps=_STEPS.value, seed=config.seed)
   num_things = data.categories.num_things
-  steps = Steps(
-    jax.jit(lambda b: score(model, variables, params, b, num_things)), None
-  )
+  power = _POWER.value
+
+  @jax.jit
+  def judge(batch):
+    return score(
+      model, variables, params, batch, num_things=num_things, power=power
+    )
+
+  steps = Steps(judge, None)
   calibration = learn_calibration(
     steps,
     data.splits["train"],
@@ -121,14 +129,14 @@ def mean_features(model, variables, source, store, settings, cache):
   return np.concatenate(found), np.concatenate(tags)
 
 
-def train_classifier(x, tags, seed):
+def train_classifier(x, tags, *, steps, seed):
   """A linear layer with dropout, by AdamW, as the run's own heads."""
   params = {
     "kernel": jnp.zeros((x.shape[1], tags.shape[1])),
     "bias": jnp.zeros(tags.shape[1]),
   }
   optimizer = optax.adamw(
-    optax.cosine_decay_schedule(1e-2, _STEPS.value), weight_decay=0.1
+    optax.cosine_decay_schedule(1e-2, steps), weight_decay=0.1
   )
 
   @jax.jit
@@ -143,13 +151,13 @@ def train_classifier(x, tags, seed):
     return optax.apply_updates(params, updates), state, value
 
   state = optimizer.init(params)
-  for key in jax.random.split(jax.random.key(seed), _STEPS.value):
+  for key in jax.random.split(jax.random.key(seed), steps):
     params, state, value = step(params, state, key)
   print(f"class activation: {len(x)} images, loss {float(value):.3f}")
   return params
 
 
-def score(model, variables, params, batch, num_things):
+def score(model, variables, params, batch, *, num_things, power):
   """What the maps say of a batch, in the form of `make_score_step`."""
   features = model.apply(variables, batch, method="features")
   inside = model.inside(batch)[..., None]
@@ -159,7 +167,7 @@ def score(model, variables, params, batch, num_things):
   # The activation above 0, as a share of the image's highest: [B, Hf, Wf, K].
   maps = jax.nn.relu(logits - params["bias"]) * inside
   maps = maps / jnp.maximum(maps.max((1, 2), keepdims=True), 1e-6)
-  maps = maps**_POWER.value
+  maps = maps**power
   scores = map_overlap(maps, batch) * image[:, None]
   weighted = maps * image[:, None, None]
   thing = weighted[..., :num_things].max(-1, keepdims=True)

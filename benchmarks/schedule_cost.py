@@ -6,8 +6,11 @@ Counts the operations of convolutions and matrix products of a training step, on
 each canvas of a configuration, and of the prediction of an image, on all of its
 test canvases and both ways round. Nothing is compiled or run. Hours follow from
 the published bfloat16 rates of the accelerators and a share of them, --share,
-that is an assumption: none of them was measured. Pooling, re-estimation and
-input come on top where they do not run beside it.
+that is an assumption: none of them was measured. They are those of
+config.train.precision="bfloat16"; where there are more devices than a batch has
+images, those of a batch as large as they need, with so many fewer steps
+(docs/pods.md). Pooling, re-estimation and input come on top where they do not
+run beside it.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ import optax
 import pytest
 
 from jtsm_jax.evaluation.inference import make_score_step
+from jtsm_jax.losses.refinement import refinement_loss
+from jtsm_jax.mining import labels
 from jtsm_jax.train import objectives, step, warm_up
 from jtsm_jax.train.random_keys import INSTANCES, dropout_keys, image_keys
 from jtsm_jax.train.schedule import make_optimizer
@@ -143,6 +145,54 @@ def test_instance_term_moves_the_channels_of_mined_things_only():
   predictor = _term_gradients(True)["loss/instance"]["instance"]["predictor"]
   moved = set(np.flatnonzero(np.any(predictor["kernel"] != 0, axis=0)).tolist())
   assert moved == things
+
+
+def _overlap_with_maps(logits, tags):
+  """Soft IoU [B, P, K] of proposals with their image's maps, by pixels."""
+  masks = np.asarray(tiny.proposal_masks(BATCH))
+  found = []
+  for b, (height, width) in enumerate(BATCH.size):
+    shown = logits[b].repeat(tiny.STRIDE, 0).repeat(tiny.STRIDE, 1)
+    shown = np.exp(shown[:height, :width]) * tags[b]
+    maps = shown / shown.sum(-1, keepdims=True)
+    inside = masks[b, :, :height, :width, None]
+    intersection = (inside * maps).sum((1, 2))
+    union = inside.sum((1, 2)) + maps.sum((0, 1)) - intersection
+    found.append(intersection / union)
+  return np.stack(found)
+
+
+def test_with_a_cell_head_mining_follows_the_maps():
+  # The first head learns from what matches the maps of the tagged classes, the
+  # last mining looks at these and at the last head.
+  model = tiny.make_model(cells=True)
+  variables = tiny.make_variables(model, BATCH)
+  mining_loss = jax.jit(lambda v: _mining_loss(model, v, BATCH)[1])
+  metrics, mined, _ = mining_loss(variables)
+
+  features = model.apply(variables, BATCH, method="features")
+  logits = model.apply(variables, features, method="cell_logits")
+  outputs = model.apply(variables, features, BATCH, method="mine")
+  overlap = _overlap_with_maps(np.asarray(logits), BATCH.tags)
+  options = dataclasses.asdict(MINING)
+  first = labels.mine(overlap, outputs.image_scores, BATCH, **options)
+  assert float(metrics["loss/refinement_1"]) == pytest.approx(
+    float(
+      refinement_loss(outputs.refinement_logits[0], first, valid=BATCH.valid)
+    ),
+    rel=1e-4,
+  )
+  head = jax.nn.softmax(outputs.refinement_logits[-1])[..., :-1]
+  last = labels.mine(head * overlap, outputs.image_scores, BATCH, **options)
+  np.testing.assert_array_equal(mined.proposal, last.proposal)
+  # None of the others would do.
+  for scores in (outputs.mil_scores, head, overlap):
+    other = labels.mine(scores, outputs.image_scores, BATCH, **options)
+    assert not np.array_equal(other.proposal, last.proposal)
+  other = labels.mine(
+    outputs.mil_scores, outputs.image_scores, BATCH, **options
+  )
+  assert not np.array_equal(other.label, first.label)
 
 
 def test_both_parts_of_a_step_sum_to_the_gradient_of_the_loss():
