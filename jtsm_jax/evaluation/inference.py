@@ -184,9 +184,12 @@ def detect(
 ) -> Detections:
   """Class-wise non-maximum suppression of segments.
 
+  Calibrated scores often end at 1 together. The proposals' own order decides
+  then, and classes in theirs.
+
   Args:
     scores: [P, T] float32 thing scores of the image's proposals.
-    proposals: the same P proposals.
+    proposals: the same P proposals, best first.
     settings: see there.
 
   Returns:
@@ -201,7 +204,9 @@ def detect(
   kept = []
   for category in range(scores.shape[1]):
     (candidates,) = np.nonzero(scores[:, category] >= settings.min_score)
-    order = candidates[np.argsort(-ranking[candidates, category])]
+    # Stable: of equal scores, that of the better proposal comes first.
+    ranks = np.argsort(-ranking[candidates, category], kind="stable")
+    order = candidates[ranks]
     survivors = 0
     while len(order) and survivors < settings.max_detections:
       best = order[0]

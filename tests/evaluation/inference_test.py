@@ -56,6 +56,22 @@ def test_suppression_by_mask_iou_class_by_class():
   assert kept == [(0, 0), (1, 0), (1, 1), (2, 0), (0, 1)]
 
 
+def test_of_equal_scores_the_better_proposal_is_kept():
+  count = 100  # of one superpixel each; numpy's other sorts mix up so many
+  proposals = Proposals(
+    superpixels=np.arange(count, dtype=np.int32)[None],
+    member_bits=pack_members(np.eye(count, dtype=bool)),
+    boxes=np.array([[0, i, 1, i + 1] for i in range(count)]),
+    scores=np.ones(count, np.float32),
+  )
+  scores = np.ones((count, 2), np.float32)
+  scores[::3] = 0.5
+  found = detect(scores, proposals)
+  wanted = [i for i in range(count) if i % 3]
+  assert found.proposal.tolist() == (wanted + wanted)[:100]
+  assert (np.diff(found.category) >= 0).all()
+
+
 def test_suppression_by_box_iou():
   # Boxes of columns 3-6, 1-6, 3-10, 0-6: IoU of 0 with 1 is 3/5, with 2 3/7,
   # with 3 3/6; of 2 with 3 it is 3/10, though they share more than half of 3.
