@@ -156,6 +156,10 @@ def get_config() -> ml_collections.ConfigDict:
   # Least share of an image that belongs to each tagged thing, and to each kind
   # of tagged stuff, for the cell head.
   c.losses.cell_shares = (0.12, 0.25)
+  # In a training image the cell head's logits of classes without a tag are so
+  # much lower. A cell that still looks like one of them teaches nothing: tags
+  # do not name all that an image shows.
+  c.losses.tag_advantage = 2.0
 
   # Training (section 4.1).
   c.train = ml_collections.ConfigDict()

@@ -13,8 +13,8 @@ def cell_loss(
 
   Args:
     logits: [B, Hf, Wf, K] float32.
-    targets: [B, Hf, Wf, K] float32, distributions; cells whose targets sum up
-      to 0 do not count.
+    targets: [B, Hf, Wf, K] float32, from `mining.cells.assign_cells`; a cell
+      counts as much as its targets sum up to.
     count: images of the whole batch that have such cells, where these are a
       part of it.
 

@@ -4,9 +4,10 @@ S^MIL tells what is typical of a tag's images, not of its class: where sky, tree
 and building share their images, the best segment of "sky" is often a tree. A
 classifier of cells whose classes exclude one another has to decide. It learns
 from its own decisions (Papandreou et al., "Weakly- and semi-supervised learning
-of a DCNN for semantic image segmentation", 2015), which obey the tags: cells
-belong to tagged classes only, and each of these has a least share of the image
-(Pathak et al., "Constrained convolutional neural networks", 2015).
+of a DCNN for semantic image segmentation", 2015), which obey the tags: tagged
+classes are preferred, and each of these has a least share of the image (Pathak
+et al., "Constrained convolutional neural networks", 2015). Tags do not name all
+that an image shows: what looks much more like another class teaches nothing.
 
 Everything here is a constant for the gradient: callers pass logits through
 `jax.lax.stop_gradient`, or use the results only as targets and scores.
@@ -23,11 +24,24 @@ import pallas_kernels as pk
 from jtsm_jax.models.proposal_features import for_each_image
 from jtsm_jax.types import Batch
 
-ROUNDS = 20
+ROUNDS = 30
 """Of the projection onto the least shares: enough for 1 % of the image."""
 
 MOST = 0.9
 """Of an image that the least shares of its tags can demand together."""
+
+
+def prefer_tags(
+  logits: jax.Array, tags: jax.Array, advantage: float
+) -> jax.Array:
+  """Logits in which tagged classes have an advantage over the others.
+
+  Args:
+    logits: [B, Hf, Wf, K] float32.
+    tags: [B, K] float32, 0 or 1.
+    advantage: what the others lose.
+  """
+  return jnp.where(tags[:, None, None] > 0, logits, logits - advantage)
 
 
 def assign_cells(
@@ -35,19 +49,21 @@ def assign_cells(
 ) -> jax.Array:
   """What the cells are to learn: the E-step.
 
-  Of all distributions over the tagged classes in which each class has its least
+  Of all distributions over the classes in which each tagged class has its least
   share of the image, the nearest to the classifier's (in the Kullback-Leibler
-  divergence): a class with too little has its logits raised.
+  divergence): a class with too little has its logits raised. What falls to
+  classes without a tag is left out.
 
   Args:
-    logits: [B, Hf, Wf, K] float32.
+    logits: [B, Hf, Wf, K] float32, from `prefer_tags`.
     tags: [B, K] float32, 0 or 1.
     inside: [B, Hf, Wf] bool, cells that lie in the image.
     shares: [K] float32 in [0, 1], the least share of each class. Where those of
       an image's tags sum up to more than `MOST`, they shrink to it.
 
   Returns:
-    [B, Hf, Wf, K] float32; 0 outside the image and where there is no tag.
+    [B, Hf, Wf, K] float32, sums of up to 1; 0 outside the image and where there
+    is no tag.
   """
   return jax.vmap(_assign_image, in_axes=(0, 0, 0, None))(
     logits, tags, inside, shares
@@ -62,30 +78,25 @@ def _assign_image(logits, tags, inside, shares):
   count = jnp.maximum(weight.sum(), 1)
 
   def distribution(bias):
-    raised = jnp.where(tagged, logits + bias, -1e30)
-    return jax.nn.softmax(raised) * weight * tagged.any()
+    return jax.nn.softmax(logits + bias) * weight * tagged
 
   def project(_, bias):
     found = distribution(bias).sum((0, 1)) / count
     wanted = jnp.log(jnp.maximum(shares, 1e-6))
-    return jnp.maximum(bias + wanted - jnp.log(jnp.maximum(found, 1e-6)), 0)
+    raised = bias + wanted - jnp.log(jnp.maximum(found, 1e-6))
+    return jnp.where(tagged, jnp.maximum(raised, 0), 0)
 
   bias = jax.lax.fori_loop(0, ROUNDS, project, jnp.zeros_like(shares))
   return distribution(bias)
 
 
-def class_maps(
-  logits: jax.Array, inside: jax.Array, tags: jax.Array | None = None
-) -> jax.Array:
-  """Probabilities [B, Hf, Wf, K] of the cells, among the tagged classes.
+def class_maps(logits: jax.Array, inside: jax.Array) -> jax.Array:
+  """Probabilities [B, Hf, Wf, K] of the cells.
 
   Args:
     logits: [B, Hf, Wf, K] float32.
     inside: [B, Hf, Wf] bool; 0 outside.
-    tags: [B, K]; None for all classes.
   """
-  if tags is not None:
-    logits = jnp.where(tags[:, None, None] > 0, logits, -1e30)
   return jax.nn.softmax(logits) * inside[..., None]
 
 

@@ -51,6 +51,7 @@ class LossSettings:
   mask_stride: int = 4  # canvas pixels per cell of a pseudo mask
   # Least share of an image that belongs to a tagged thing, and to tagged stuff.
   cell_shares: tuple[float, float] = (0.12, 0.25)
+  tag_advantage: float = 2.0  # of tagged classes over others, logits
 
 
 class MiningCounts(NamedTuple):
@@ -170,12 +171,14 @@ def mining_loss(
 
 def _learn_cells(logits, inside, batch, *, counts, mining, losses):
   """The loss of the cell head, and how its maps match the proposals."""
-  constant = jax.lax.stop_gradient(logits)
+  preferred = cells.prefer_tags(
+    jax.lax.stop_gradient(logits), batch.tags, losses.tag_advantage
+  )
   is_thing = jnp.arange(batch.tags.shape[1]) < mining.num_things
   shares = jnp.where(is_thing, *losses.cell_shares)
-  targets = cells.assign_cells(constant, batch.tags, inside, shares)
+  targets = cells.assign_cells(preferred, batch.tags, inside, shares)
   term = cell_loss(logits, targets, count=counts.tagged)
-  maps = cells.class_maps(constant, inside, batch.tags)
+  maps = cells.class_maps(preferred, inside)
   return term, cells.map_overlap(maps, batch)
 
 

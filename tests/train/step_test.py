@@ -153,7 +153,8 @@ def _overlap_with_maps(logits, tags):
   found = []
   for b, (height, width) in enumerate(BATCH.size):
     shown = logits[b].repeat(tiny.STRIDE, 0).repeat(tiny.STRIDE, 1)
-    shown = np.exp(shown[:height, :width]) * tags[b]
+    # Odds of classes without a tag are divided by e^2.
+    shown = np.exp(shown[:height, :width] - 2 * (1 - tags[b]))
     maps = shown / shown.sum(-1, keepdims=True)
     inside = masks[b, :, :height, :width, None]
     intersection = (inside * maps).sum((1, 2))
