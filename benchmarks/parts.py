@@ -114,7 +114,7 @@ def run(
     "main.py",
     "--config=configs/folder.py",
     f"--workdir={folder}",
-    f"--mode={'train' if retrains else 'evaluate'}",
+    f"--mode={'all' if retrains else 'evaluate'}",
     *(f"--config.{k}={v}" for k, v in options.items()),
   ]
   print(f"\n{part}, seed {seed}", flush=True)
