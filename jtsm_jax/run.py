@@ -47,6 +47,7 @@ FREE_FIELDS = (
   "proposals.store",
   "proposals.num_workers",
   "backbone.cache_dir",
+  "reestimation.cache_dir",
   "reestimation.threads",
   "train.log_every",
   "train.images_every",

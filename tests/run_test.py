@@ -57,6 +57,17 @@ def test_workdir_is_bound_to_data_that_lie_elsewhere(root, tmp_path):
   run.claim_workdir(tmp_path, config)
 
 
+def test_caches_of_a_trained_workdir_may_move(root, tmp_path, monkeypatch):
+  config = _config(root, "data0")
+  run.claim_workdir(tmp_path, config)
+  monkeypatch.setattr(run, "_is_trained", lambda workdir: True)
+  config.backbone.cache_dir = config.reestimation.cache_dir = "elsewhere"
+  run.claim_workdir(tmp_path, config)
+  config.reestimation.iterations += 1
+  with pytest.raises(InputError, match=r"reestimation\.iterations = "):
+    run.claim_workdir(tmp_path, config)
+
+
 def test_data_and_proposals_in_a_bucket(root, bucket, tmp_path):
   """All that training needs of them, with nothing of their own on the disk."""
   config = _config(bucket, "data")
