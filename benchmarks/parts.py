@@ -169,11 +169,15 @@ def format_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     ]
     cells.append(spread(pairs, sign="+") if part != ALL and pairs else "")
     lines.append(f"| {part} | {' | '.join(cells)} | {len(runs)} |")
+    if runs.keys() != results.get(ALL, {}).keys():
+      continue  # other seeds cannot be compared
     mean[part] = [
       statistics.mean(r[f"half {half}"] for r in runs.values())
       for half in (1, 2)
     ]
   lines.append("")
+  if not mean:
+    return "\n".join(lines)
   for this, other in ((0, 1), (1, 0)):
     best = max(mean, key=lambda part: mean[part][this])
     lines.append(
