@@ -24,9 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.evaluation.canvases = c.data.canvases
   c.proposals.num_superpixels = 300
   c.proposals.max_proposals = 400
-  c.backbone.stride = 16
   c.backbone.outputs = ("stage5", "head")
-  c.backbone.projection = 128
   c.pooling.reduce = "mean"
   c.cells.enabled = True
   c.train.steps = 1000

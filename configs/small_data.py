@@ -17,6 +17,9 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.backbone.name = "efficientnet_lite0"
   c.backbone.pretrained = "imagenet"
+  c.backbone.stride = 16
+  c.backbone.outputs = ("head",)
+  c.backbone.projection = 128
 
   c.pooling.availability = "coverage"
   c.pooling.average = True
