@@ -4,7 +4,8 @@
 
 Trains configs/folder.py on the photographs of DIR, which must have masks of
 validation images, and every row of `PARTS`, some seeds each. Rows that change
-nothing but the evaluation evaluate the first row's training again. What is in
+nothing but the evaluation evaluate the first row's training again, in its
+workdir: processes that run side by side need different seeds. What is in
 --results is not run again; a stopped study goes on where it was.
 
 The choice among options owes something to the images that it was made on. So
@@ -92,10 +93,10 @@ def run(
 ) -> dict[str, float]:
   """One training and evaluation, or an evaluation alone."""
   changes = PARTS[part]
-  retrains = not changes or not all(
-    field.startswith("evaluation.") for field in changes
+  retrains = part == ALL or any(
+    not field.startswith("evaluation.") for field in changes
   )
-  name = part.replace(" ", "_") if retrains else ALL.replace(" ", "_")
+  name = (part if retrains else ALL).replace(" ", "_")
   folder = workdir / f"{name}-{seed}"
   if not retrains and not (folder / "evaluation" / "metrics.json").exists():
     run(workdir, root, ALL, seed)
@@ -122,7 +123,9 @@ def run(
   return read_figures(folder, shared / "data")
 
 
-def read_figures(folder: pathlib.Path, data_folder: pathlib.Path):
+def read_figures(
+  folder: pathlib.Path, data_folder: pathlib.Path
+) -> dict[str, float]:
   """The columns of the table, and PQ on the two halves, of a finished run."""
   metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
   figures = {
@@ -149,8 +152,8 @@ def read_figures(folder: pathlib.Path, data_folder: pathlib.Path):
 def format_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
   """Markdown: mean and half the range over the seeds, and the two halves.
 
-  The first difference is to the first row with the same seeds: it spreads less
-  than what a row reaches.
+  The difference is to the first row with the same seeds: it spreads less than
+  what a row reaches.
   """
   lines = [
     f"| | {' | '.join(COLUMNS)} | difference of PQ | seeds |",

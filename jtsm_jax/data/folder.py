@@ -314,7 +314,7 @@ def _report(
   train: list[FolderEntry],
   val: list[FolderEntry],
 ) -> None:
-  """Says on stderr what lies in the folder but is not used."""
+  """Says on stderr which classes and files of the folder are not used."""
   tagged = {index for entry in train for index in entry.tags}
   never = [n for i, n in enumerate(categories.names) if i not in tagged]
   if never:
