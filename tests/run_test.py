@@ -11,6 +11,7 @@ from jtsm_jax.data import prepared
 from jtsm_jax.data.pipeline import inference_batches
 from jtsm_jax.data.prepare import prepare
 from jtsm_jax.data.shapes import shapes_source
+from jtsm_jax.modes.data import data_settings
 from jtsm_jax.types import InputError
 from tests.configs import tiny
 
@@ -57,6 +58,51 @@ def test_workdir_is_bound_to_data_that_lie_elsewhere(root, tmp_path):
   run.claim_workdir(tmp_path, config)
 
 
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    (
+      "data.shapes.seed",
+      5,
+      "data.shapes.seed = 0, and the configuration has 5",
+    ),
+    (
+      "task",
+      "detection",
+      "classes = 'all', and the configuration has 'things'",
+    ),
+    ("data.name", "folder", "data.name = 'shapes'"),
+  ],
+)
+def test_data_that_another_run_has_prepared(tmp_path, field, value, message):
+  config = _config(tmp_path, "data")
+  run.prepare(config, tmp_path / "a")
+  run.prepare(config, tmp_path / "b")
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(InputError, match=f"{tmp_path}/data: .* with {message}"):
+    run.prepare(config, tmp_path / "c")
+
+
+def test_settings_tell_voc_sets_apart():
+  config = _config(pathlib.Path(), "data")
+  config.data.name = "voc_panoptic"
+  config.data.sbd = "somewhere"
+  settings = data_settings(config)
+  config.data.sbd = "elsewhere"
+  assert data_settings(config) == settings
+  for field, value in [
+    ("data.sbd", ""),
+    ("data.year", "2007"),
+    ("data.annotation_source", "sbd"),
+    ("data.train_set", "train"),
+    ("data.name", "voc_detection"),
+    ("task", "instance"),
+  ]:
+    other = config.copy_and_resolve_references()
+    other.update_from_flattened_dict({field: value})
+    assert data_settings(other) != settings, field
+
+
 def test_caches_of_a_trained_workdir_may_move(root, tmp_path, monkeypatch):
   config = _config(root, "data0")
   run.claim_workdir(tmp_path, config)
@@ -68,7 +114,7 @@ def test_caches_of_a_trained_workdir_may_move(root, tmp_path, monkeypatch):
     run.claim_workdir(tmp_path, config)
 
 
-def test_data_and_proposals_in_a_bucket(root, bucket, tmp_path):
+def test_data_and_proposals_in_a_bucket(root, bucket, tmp_path, monkeypatch):
   """All that training needs of them, with nothing of their own on the disk."""
   config = _config(bucket, "data")
   data = run.prepare(config, tmp_path, shard=0, num_shards=1)
@@ -84,5 +130,5 @@ def test_data_and_proposals_in_a_bucket(root, bucket, tmp_path):
   run.audit_data(config, tmp_path)
   run.verify_data(config, tmp_path)
   # The raw data are no longer asked for.
-  config.data.name = "folder"
+  monkeypatch.setattr("jtsm_jax.modes.data.data_source", None)
   assert run.prepare(config, tmp_path).fingerprint == data.fingerprint

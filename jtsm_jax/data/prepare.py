@@ -240,6 +240,7 @@ def _claim(source: Source, directory: AnyPath) -> list[_Piece]:
     "categories": source.categories.to_list(),
     "splits": {name: len(split) for name, split in source.splits.items()},
     "state": source.state,
+    "settings": dict(source.settings),
     "piece": PIECE,
   }
   # In this order: another shard may have begun in between.
@@ -475,6 +476,7 @@ def _complete(
     "version": VERSION,
     "citation": source.citation,
     "state": source.state,
+    "settings": dict(source.settings),
     "categories": source.categories.to_list(),
     "splits": {},
     "quarantined": len(bad),

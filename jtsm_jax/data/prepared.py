@@ -87,7 +87,7 @@ class PreparedData:
     categories: the classes.
     splits: "train", and those for evaluation, as "val".
     citation: whom to cite, BibTeX, or "".
-    state: of the files that it was prepared from, see `Source`.
+    state, settings: of what it was prepared from, see `Source`.
   """
 
   name: str
@@ -95,6 +95,7 @@ class PreparedData:
   splits: Mapping[str, RecordSource]
   citation: str = ""
   state: str = ""
+  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def fingerprint(self) -> str:
@@ -322,6 +323,7 @@ def open_prepared(directory: PathOrUrl) -> PreparedData:
     splits={name: RecordSource(directory, name) for name in info["splits"]},
     citation=info["citation"],
     state=info.get("state", ""),
+    settings=info.get("settings", {}),
   )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from jtsm_jax.types import Categories, Record
 
@@ -37,6 +38,7 @@ class Source:
       may be 0, since `prepare` takes them from the decoded image.
     citation: whom to cite, BibTeX; "" for one's own images.
     state: changes when the files do; "" where that is not found out.
+    settings: what was asked for, by field: values as JSON has them.
   """
 
   name: str
@@ -44,3 +46,4 @@ class Source:
   splits: Mapping[str, Sequence[Record]]
   citation: str = ""
   state: str = ""
+  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
+from typing import Any
 
 import ml_collections
 
@@ -69,10 +71,22 @@ def prepare(
       print(f"shard {shard} of {num_shards} is written; others are missing")
       return None
   data = prepared.open_prepared(directory)
+  _check_settings(config, data, directory)
   _check_state(config, data, directory)
   counts = ", ".join(f"{len(s)} {name}" for name, s in data.splits.items())
   print(f"data: {data.name}, {counts} images, {len(data.categories)} classes")
   return data
+
+
+def _check_settings(config, data, directory) -> None:
+  """Whether a folder, perhaps of another run, holds what is asked for."""
+  for field, wanted in data_settings(config).items():
+    found = data.settings.get(field, wanted)  # older ones tell nothing
+    if found != wanted:
+      raise InputError(
+        f"{directory}: was prepared with {field} = {found!r}, and the"
+        f" configuration has {wanted!r}; choose another data.prepared, or none"
+      )
 
 
 def _check_state(config, data, directory) -> None:
@@ -163,7 +177,29 @@ def data_source(config: Config) -> Source:
     InputError: there is none of this name, or its root is not given.
   """
   source = _named_source(config.data)
-  return source if config.task == "panoptic" else things_only(source)
+  if config.task != "panoptic":
+    source = things_only(source)
+  return dataclasses.replace(source, settings=data_settings(config))
+
+
+def data_settings(config: Config) -> dict[str, Any]:
+  """What a prepared data set depends on beside the files, by field."""
+  c = config.data
+  settings = {
+    "data.name": c.name,
+    "classes": "all" if config.task == "panoptic" else "things",
+  }
+  fields = []
+  if c.name == "shapes":
+    settings |= {f"data.shapes.{k}": v for k, v in c.shapes.items()}
+  elif c.name != "folder":
+    fields += ["train_set", "val_set"]
+  if c.name.startswith("voc"):
+    fields += ["year"]
+  if c.name == "voc_panoptic":
+    settings["data.sbd"] = bool(c.sbd)  # wherever it lies
+    fields += ["annotation_source"]
+  return settings | {f"data.{field}": c[field] for field in fields}
 
 
 def _named_source(c: Config) -> Source:
