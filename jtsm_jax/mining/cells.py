@@ -118,6 +118,24 @@ def map_presence(maps: jax.Array, inside: jax.Array) -> jax.Array:
   return (powers.sum((1, 2)) / count[:, None]) ** 0.25
 
 
+def tagged_overlap(
+  logits: jax.Array, batch: Batch, inside: jax.Array, advantage: float
+) -> jax.Array:
+  """How well each proposal matches the maps of its image's tags.
+
+  Args:
+    logits: [B, Hf, Wf, K] float32 of the cells.
+    batch: tags, superpixels and membership are read.
+    inside: [B, Hf, Wf] bool, cells that lie in the image.
+    advantage: of tagged classes, see `prefer_tags`.
+
+  Returns:
+    [B, P, K] float32 in [0, 1].
+  """
+  maps = class_maps(prefer_tags(logits, batch.tags, advantage), inside)
+  return map_overlap(maps, batch)
+
+
 def map_overlap(maps: jax.Array, batch: Batch) -> jax.Array:
   """How well each proposal matches the map of each class: their soft IoU.
 

@@ -57,6 +57,7 @@ def run_report(
         trained.variables,
         store=store,
         settings=mining,
+        tag_advantage=config.losses.tag_advantage,
         canvases=build.canvases(config, "data"),
         batch_size=settings.batch_size,
         max_proposals=settings.max_proposals,

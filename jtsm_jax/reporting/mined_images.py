@@ -14,9 +14,9 @@ from jtsm_jax.console import progress
 from jtsm_jax.data.pipeline import ProposalSource, inference_batches
 from jtsm_jax.data.prepared import RecordSource
 from jtsm_jax.data.sampling import fitting_canvases
-from jtsm_jax.mining import labels
+from jtsm_jax.mining import cells, labels
 from jtsm_jax.models.jtsm import JTSM
-from jtsm_jax.train.objectives import MiningSettings
+from jtsm_jax.train.objectives import MiningSettings, last_scores
 from jtsm_jax.types import Batch
 
 
@@ -43,6 +43,7 @@ def mine_images(
   *,
   store: ProposalSource,
   settings: MiningSettings,
+  tag_advantage: float,
   canvases: tuple[tuple[int, int], ...],
   batch_size: int,
   max_proposals: int,
@@ -56,6 +57,7 @@ def mine_images(
     source: the images.
     store: their proposals.
     settings: of the mining.
+    tag_advantage: see `LossSettings`.
     canvases: (H, W) of the training; each image is seen on the middle one of
       its orientation.
     batch_size: images at a time.
@@ -71,9 +73,13 @@ def mine_images(
   def mine(variables: Any, batch: Batch):
     features = model.apply(variables, batch, method="features")
     outputs = model.apply(variables, features, batch, method="mine")
-    scores = outputs.mil_scores
-    if outputs.refinement_logits:
-      scores = jax.nn.softmax(outputs.refinement_logits[-1])[..., :-1]
+    overlap = None
+    if model.cells is not None:
+      logits = model.apply(variables, features, method="cell_logits")
+      overlap = cells.tagged_overlap(
+        logits, batch, model.inside(batch), tag_advantage
+      )
+    scores = last_scores(outputs, overlap)
     return scores, labels.mine(
       scores, outputs.image_scores, batch, **dataclasses.asdict(settings)
     )

@@ -22,7 +22,7 @@ from jtsm_jax.models.instance_branch import MASK_SIZE
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.models.proposal_features import area_share
 from jtsm_jax.train.random_keys import DropoutKeys
-from jtsm_jax.types import Batch, Mined, PseudoMasks
+from jtsm_jax.types import Batch, Mined, MiningOutputs, PseudoMasks
 
 Metrics = dict[str, jax.Array]
 
@@ -134,18 +134,20 @@ def mining_loss(
   )
   metrics = {"loss/mil": loss}
   # Head r learns from the scores of the head before it; S^MIL is the first.
-  scores = outputs.mil_scores
+  scores, overlap = outputs.mil_scores, None
   if model.cells is not None:
     logits = model.apply(
       variables, features, keys=keys.cells, method="cell_logits"
     )
     inside = model.inside(batch)
-    term, overlap = _learn_cells(
+    term = _cell_term(
       logits, inside, batch, counts=counts, mining=mining, losses=losses
     )
     metrics["loss/cells"] = term
     loss += term
-    scores = overlap
+    scores = overlap = cells.tagged_overlap(
+      logits, batch, inside, losses.tag_advantage
+    )
   for r, logits in enumerate(outputs.refinement_logits):
     mined = labels.mine(scores, outputs.image_scores, batch, **options)
     term = refinement.refinement_loss(
@@ -163,23 +165,38 @@ def mining_loss(
     )
     loss += term
     scores = jax.nn.softmax(logits)
-  if model.cells is not None and outputs.refinement_logits:
-    scores = scores[..., :-1] * overlap
+  scores = last_scores(outputs, overlap)
   mined = labels.mine(scores, outputs.image_scores, batch, **options)
   return loss, (metrics, mined, outputs.image_scores)
 
 
-def _learn_cells(logits, inside, batch, *, counts, mining, losses):
-  """The loss of the cell head, and how its maps match the proposals."""
+def _cell_term(logits, inside, batch, *, counts, mining, losses):
+  """The loss of the cell head."""
   preferred = cells.prefer_tags(
     jax.lax.stop_gradient(logits), batch.tags, losses.tag_advantage
   )
   is_thing = jnp.arange(batch.tags.shape[1]) < mining.num_things
   shares = jnp.where(is_thing, *losses.cell_shares)
   targets = cells.assign_cells(preferred, batch.tags, inside, shares)
-  term = cell_loss(logits, targets, count=counts.tagged)
-  maps = cells.class_maps(preferred, inside)
-  return term, cells.map_overlap(maps, batch)
+  return cell_loss(logits, targets, count=counts.tagged)
+
+
+def last_scores(outputs: MiningOutputs, overlap: jax.Array | None) -> jax.Array:
+  """The scores by which the segments are mined that the branches learn from.
+
+  Args:
+    outputs: of B images.
+    overlap: [B, P, K] float32 in [0, 1], how proposals match the maps of the
+      cell head (`mining.cells.tagged_overlap`); None without one.
+
+  Returns:
+    [B, P, K] float32 in [0, 1]: of the last refinement head, or S^MIL without
+    any, times the overlap.
+  """
+  scores = outputs.mil_scores
+  if outputs.refinement_logits:
+    scores = jax.nn.softmax(outputs.refinement_logits[-1])[..., :-1]
+  return scores if overlap is None else scores * overlap
 
 
 def mining_metrics(

@@ -11,10 +11,10 @@ NECK, INSTANCES, AUGMENT, CELLS = range(4)
 
 
 class DropoutKeys(NamedTuple):
-  """Keys [B] of the images, for the dropout of each part of mining."""
+  """Keys [B] of the images for the dropout of each part; None for none."""
 
-  neck: jax.Array
-  cells: jax.Array
+  neck: jax.Array | None
+  cells: jax.Array | None
 
 
 def image_keys(

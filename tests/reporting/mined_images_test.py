@@ -4,12 +4,20 @@ import jax
 import numpy as np
 import pytest
 
+from jtsm_jax.data.pipeline import inference_batches
 from jtsm_jax.data.prepare import prepare
 from jtsm_jax.data.prepared import open_prepared
 from jtsm_jax.data.shapes import shapes_source
+from jtsm_jax.models.cell_head import CellHead
 from jtsm_jax.models.neck_and_heads import MiningHeads
 from jtsm_jax.reporting.mined_images import mine_images
-from jtsm_jax.train.objectives import MiningSettings
+from jtsm_jax.train.objectives import (
+  LossSettings,
+  MiningSettings,
+  mining_counts,
+  mining_loss,
+)
+from jtsm_jax.train.random_keys import DropoutKeys
 from jtsm_jax.types import Proposals, pack_members
 from tests import tiny
 
@@ -42,11 +50,20 @@ def source(tmp_path_factory):
   return open_prepared(folder).splits["train"]
 
 
+def _model(num_refinements, has_cells):
+  return tiny.make_model(dropout=0.5).clone(
+    heads=MiningHeads(num_classes=12, num_refinements=num_refinements),
+    cells=CellHead(num_classes=12) if has_cells else None,
+  )
+
+
 @pytest.mark.parametrize("canvases", [((64, 64),), ((64, 96), (64, 64))])
 @pytest.mark.parametrize("num_refinements", [0, 2])
-def test_each_tag_has_its_best_proposal(source, num_refinements, canvases):
-  heads = MiningHeads(num_classes=12, num_refinements=num_refinements)
-  model = tiny.make_model(dropout=0.5).clone(heads=heads)
+@pytest.mark.parametrize("cells", [False, True])
+def test_each_tag_has_its_best_proposal(
+  source, num_refinements, canvases, cells
+):
+  model = _model(num_refinements, cells)
   batch = tiny.make_batch(1)
   variables = tiny.make_variables(model, batch)
   found = list(
@@ -56,6 +73,7 @@ def test_each_tag_has_its_best_proposal(source, num_refinements, canvases):
       source,
       store=Grid(),
       settings=SETTINGS,
+      tag_advantage=2.0,
       canvases=canvases,
       batch_size=2,
       max_proposals=20,
@@ -73,3 +91,41 @@ def test_each_tag_has_its_best_proposal(source, num_refinements, canvases):
       assert score == pytest.approx(image.scores[:, k].max())
       assert image.scores[proposal, k] == pytest.approx(score)
     assert len(np.unique(image.scores)) > 16
+
+
+@pytest.mark.parametrize("num_refinements", [0, 2])
+@pytest.mark.parametrize("has_cells", [False, True])
+def test_segments_are_those_of_the_training(source, num_refinements, has_cells):
+  model = _model(num_refinements, has_cells)
+  variables = tiny.make_variables(model, tiny.make_batch(1))
+  sizes = dict(max_proposals=20, max_superpixels=20)
+  found = mine_images(
+    model,
+    jax.device_put(variables),
+    source,
+    store=Grid(),
+    settings=SETTINGS,
+    tag_advantage=LossSettings().tag_advantage,
+    canvases=((64, 64),),
+    batch_size=5,
+    **sizes,
+  )
+  shown = {image.index: sorted(image.segments) for image in found}
+  (batch,) = inference_batches(
+    source, Grid(), canvases=((64, 64),), batch_size=5, **sizes
+  )
+  _, (_, mined, _) = mining_loss(
+    model,
+    variables,
+    batch,
+    DropoutKeys(None, None),
+    counts=mining_counts(batch),
+    mining=SETTINGS,
+    losses=LossSettings(),
+  )
+  for i, index in enumerate(batch.image_index):
+    taught = [
+      (int(mined.category[i, m]), int(mined.proposal[i, m]))
+      for m in np.flatnonzero(mined.valid[i])
+    ]
+    assert [x[:2] for x in shown[int(index)]] == sorted(taught)
