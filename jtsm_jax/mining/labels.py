@@ -45,7 +45,8 @@ def mine(
     scores: [B, P, K] float32, or [B, P, K + 1] with a background column that is
       not looked at.
     image_scores: [B, K] float32, y.
-    batch: tags, superpixels, membership and valid are read.
+    batch: tags, superpixels, membership and valid are read. A proposal without
+      a pixel takes no part.
     num_things: T; classes from T on are stuff.
     num_slots: M, mined segments kept per image; the best-scored ones if there
       are more, the first segment of each class before all others.
@@ -100,6 +101,8 @@ def _mine_image(
   _num_proposals, num_classes = scores.shape
   members = membership.astype(jnp.float32)
   tagged = tags > 0
+  # Thin proposals may have lost their pixels as the image shrank to the canvas.
+  valid &= _count(members, areas[None])[:, 0] > 0
 
   # Segments class by class: [rounds, K].
   rounds = max(segments_per_thing, segments_per_stuff)

@@ -261,6 +261,19 @@ def test_stuff_has_further_components_above_half_of_the_first():
   assert found.proposal[0][found.valid[0]].tolist() == [1]
 
 
+def test_a_proposal_that_lost_its_pixels_takes_no_part():
+  # Thin ones may vanish as their image shrinks to the canvas.
+  batch = _strip(np.eye(4), [0, 0, 1, 0])
+  superpixels = np.where(batch.superpixels == 2, 3, batch.superpixels)
+  batch = batch.replace(superpixels=superpixels)
+  scores = np.zeros((1, 4, K), np.float32)
+  scores[0, :, 2] = [0.5, 0.6, 0.9, 0.4]
+  found = _mine(scores, np.full((1, K), 0.5, np.float32), batch)
+  assert found.proposal[0][found.valid[0]].tolist() == [1, 0, 3]
+  assert found.label[0].tolist() == [2, 2, K, 2]
+  assert found.weight[0].tolist() == [0.5, 0.5, 0, 0.5]
+
+
 def test_without_tags_nothing_is_learnt():
   batch = _strip(np.eye(4), [0, 0, 0, 0])
   rng = np.random.default_rng(0)
