@@ -1,5 +1,7 @@
 """Every field of an experiment, with the paper's settings as defaults.
 
+Where a default is another, its comment says so.
+
 The other files of this folder start from here and change what they need. A
 field can be changed on the command line: `--config.train.steps=1000`.
 

@@ -1,7 +1,7 @@
 """Table 8: object detection of COCO, tags of things alone.
 
-    python main.py --config=configs/coco_detection.py --workdir=runs/coco \
-        --config.data.root=coco \
+    python main.py --config=configs/coco_detection.py \
+        --workdir=runs/coco_detection --config.data.root=coco \
         --config.backbone.pretrained=resnet18_ws_model_120.pkl
 
 Variants and what is needed: as configs/voc2012_panoptic.py.

@@ -1,7 +1,7 @@
 """Table 7: instance segmentation of COCO, tags of things alone.
 
-    python main.py --config=configs/coco_instance.py --workdir=runs/coco \
-        --config.data.root=coco \
+    python main.py --config=configs/coco_instance.py \
+        --workdir=runs/coco_instance --config.data.root=coco \
         --config.backbone.pretrained=resnet18_ws_model_120.pkl
 
 Variants and what is needed: as configs/voc2012_panoptic.py.

@@ -5,12 +5,13 @@
 
 To compare with configs/folder.py, whose choices serve small data. Pooling,
 compensation, heads, mining, losses, SGD and fusion are the paper's. Smaller
-are: canvases, proposals (400), branches (64 channels), GrabCut (160 pixels) and
-the schedule; and there is no colour augmentation. The backbone is another one,
-for which the package index has ImageNet weights; so the neck starts at random,
-where the paper's comes with the backbone, and has 1,024 units, not 4,096. From
-there the paper's learning rate of 0.01 diverges, and 0.002 does after 400
-steps.
+are: canvases, superpixels (300) and proposals (400), branches (64 channels, 8
+instances an image), GrabCut (160 pixels) and the schedule; and there is no
+colour augmentation. The backbone is another one, for which the package index
+has ImageNet weights, at stride 16 and with its features projected to 128
+channels; so the neck starts at random, where the paper's comes with the
+backbone, and has 1,024 units, not 4,096. From there the paper's learning rate
+of 0.01 diverges, and --config.train.learning_rate=0.002 does after 400 steps.
 """
 
 import ml_collections

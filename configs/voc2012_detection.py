@@ -1,7 +1,7 @@
 """Table 8: object detection of PASCAL VOC 2012, tags of things alone.
 
-    python main.py --config=configs/voc2012_detection.py --workdir=runs/voc \
-        --config.data.root=VOCdevkit \
+    python main.py --config=configs/voc2012_detection.py \
+        --workdir=runs/voc_detection --config.data.root=VOCdevkit \
         --config.backbone.pretrained=resnet18_ws_model_120.pkl
 
 Variants and what is needed: as configs/voc2012_panoptic.py.

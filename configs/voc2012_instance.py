@@ -1,7 +1,8 @@
 """Table 6: instance segmentation of PASCAL VOC 2012, tags of things alone.
 
-    python main.py --config=configs/voc2012_instance.py --workdir=runs/voc \
-        --config.data.root=VOCdevkit --config.data.sbd=SBD \
+    python main.py --config=configs/voc2012_instance.py \
+        --workdir=runs/voc_instance --config.data.root=VOCdevkit \
+        --config.data.sbd=SBD \
         --config.backbone.pretrained=resnet18_ws_model_120.pkl
 
 Variants and what is needed: as configs/voc2012_panoptic.py.
