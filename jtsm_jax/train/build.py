@@ -135,6 +135,12 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
       f"config.proposals.num_superpixels is {config.proposals.num_superpixels};"
       f" wanted 1 to {MAX_SUPERPIXELS}"
     )
+  exponents = tuple(config.pooling.size_exponents)
+  if len(exponents) != 2:
+    raise InputError(
+      f"config.pooling.size_exponents is {exponents}; wanted two numbers, of "
+      "the maxima and of the average, such as (0.25, 0.5)"
+    )
   for group in ("train", "evaluation"):
     block = config[group].proposal_block
     if block < 0 or block % 8:

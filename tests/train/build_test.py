@@ -167,6 +167,7 @@ def test_branches_without_classes_are_left_out():
     ("train.memory_gib", -1.0, "memory_gib is -1.0; wanted a device's memory"),
     ("data.colour_factor", 0.5, "colour_factor is 0.5; .* at least 1"),
     ("proposals.num_superpixels", 32768, "is 32768; wanted 1 to 32767"),
+    ("pooling.size_exponents", (0.25,), r"is \(0\.25,\); wanted two numbers"),
     *[
       (field, 34 if "depth" in field else "other", f"{field} is .*wanted one")
       for field in build.CHOICES
