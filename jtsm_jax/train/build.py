@@ -62,6 +62,9 @@ STAGES = {
 }
 """Stages of each backbone in order, and the beginnings of their parameters."""
 
+RESNETS = ("resnet_ws", "resnet")
+"""Backbones whose width and norm can be chosen."""
+
 STRIDES = {
   "resnet_ws": (8, 16),
   "resnet": (8, 16, 32),
@@ -353,7 +356,7 @@ def _check_pretrained(backbone: ml_collections.ConfigDict) -> None:
       "efficientnet_lite0 also 'imagenet'; '' starts at random. See "
       "docs/pretrained.md"
     )
-  if name == "efficientnet_lite0":
+  if name not in RESNETS:
     return  # has neither a width nor a norm to choose
   for field, wanted in (("width", (1.0,)), ("norm", ("frozen", "batch"))):
     if backbone[field] not in wanted:
@@ -453,7 +456,8 @@ def main_optimizer(
     stages = STAGES[config.backbone.name]
     last = list(stages).index(freeze)
     frozen = tuple(backbone + s for s in list(stages.values())[: last + 1])
-  if config.backbone.norm == "frozen":
+  # Another backbone has no norm to choose.
+  if config.backbone.name in RESNETS and config.backbone.norm == "frozen":
     frozen += (backbone + ".*norm/",)
   return make_optimizer(
     params,

@@ -380,6 +380,26 @@ def test_every_part_of_the_model_learns():
   assert all(np.all(update) for update in jax.tree.leaves(updates))
 
 
+def test_norms_of_a_network_without_a_choice_of_them_learn_with_it():
+  config = base.get_config()
+  config.backbone.name, config.backbone.outputs = (
+    "efficientnet_lite0",
+    ("head",),
+  )
+  config.backbone.freeze = "none"
+  moving = {}
+  for norm in ("frozen", "batch"):  # both ResNets' alone
+    config.backbone.norm = norm
+    _, shapes = _params(config)
+    shapes = {"extractor": shapes["extractor"]}
+    params = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes)
+    optimizer = build.main_optimizer(config, params)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    moving[norm] = jax.tree.map(lambda update: bool(np.all(update)), updates)
+  assert all(jax.tree.leaves(moving["batch"]))
+  assert moving["frozen"] == moving["batch"]
+
+
 @pytest.mark.parametrize("backbone", build.STAGES)
 def test_stages_share_out_the_parameters(backbone):
   config = base.get_config()
