@@ -151,6 +151,21 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
         f"config.{group}.proposal_block is {block}; wanted a multiple of 8, or "
         "0 for all proposals at once"
       )
+  for field in (
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.calibration_images",
+    "evaluation.batch_size",
+  ):
+    value = operator.attrgetter(field)(config)
+    if value < 1:
+      raise InputError(f"config.{field} is {value}; wanted at least 1")
+  for field in ("evaluate_every", "images_every"):
+    if config.train[field] < 0:
+      raise InputError(
+        f"config.train.{field} is {config.train[field]}; wanted a number of "
+        "steps, or 0 for never"
+      )
   c = config.train
   if c.accumulation < 1 or c.batch_size % c.accumulation:
     raise InputError(

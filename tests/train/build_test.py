@@ -169,6 +169,17 @@ def test_branches_without_classes_are_left_out():
     ("proposals.num_superpixels", 32768, "is 32768; wanted 1 to 32767"),
     ("pooling.size_exponents", (0.25,), r"is \(0\.25,\); wanted two numbers"),
     *[
+      (field, 0, rf"{field} is 0; wanted at least 1")
+      for field in (
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.calibration_images",
+        "evaluation.batch_size",
+      )
+    ],
+    ("train.evaluate_every", -1, "is -1; wanted a number of steps, or 0 for n"),
+    ("train.images_every", -1, "images_every is -1; wanted a number of steps"),
+    *[
       (field, 34 if "depth" in field else "other", f"{field} is .*wanted one")
       for field in build.CHOICES
     ],
