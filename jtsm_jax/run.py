@@ -114,6 +114,8 @@ def run(
       "(--mode=train), or check --workdir"
     )
   build.check_fields(config)  # wrong ones now, not after the proposals
+  if not _is_trained(workdir):
+    build.check_schedule(config)
   _keep_compiled_programs()
   claim_workdir(workdir, config)
   if mode == "predict":

@@ -114,6 +114,18 @@ def test_caches_of_a_trained_workdir_may_move(root, tmp_path, monkeypatch):
     run.claim_workdir(tmp_path, config)
 
 
+def test_a_schedule_is_checked_until_something_is_trained(
+  root, tmp_path, monkeypatch
+):
+  config = _config(root, "data0")
+  config.reestimation.start = config.train.steps
+  with pytest.raises(InputError, match=r"config\.reestimation\.start is 12"):
+    run.run(config, tmp_path, mode="audit")
+  assert not list(tmp_path.iterdir())
+  monkeypatch.setattr(run, "_is_trained", lambda workdir: True)
+  run.run(config, tmp_path, mode="audit")
+
+
 def test_data_and_proposals_in_a_bucket(root, bucket, tmp_path, monkeypatch):
   """All that training needs of them, with nothing of their own on the disk."""
   config = _config(bucket, "data")

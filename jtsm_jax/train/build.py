@@ -204,6 +204,26 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
     )
 
 
+def check_schedule(config: ml_collections.ConfigDict) -> None:
+  """Looks whether what a new run is to train has steps to learn in.
+
+  Raises:
+    InputError: a branch would keep its random weights, which have a say in the
+      results all the same.
+  """
+  has_instance = config.instance.enabled and config.task != "detection"
+  has_semantic = config.semantic.enabled and config.task == "panoptic"
+  start, lag = config.reestimation.start, config.reestimation.lag
+  steps = config.train.steps
+  if (has_instance or has_semantic) and start + lag >= steps:
+    raise InputError(
+      f"config.reestimation.start is {start} (with a lag of {lag}) and "
+      f"config.train.steps is {steps}: the branches would never learn; make "
+      f"reestimation.start less than {max(steps - lag, 0)}, or leave them out "
+      "with instance.enabled=False and semantic.enabled=False"
+    )
+
+
 def build_model(
   config: ml_collections.ConfigDict, categories: Categories
 ) -> JTSM:

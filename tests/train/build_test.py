@@ -65,6 +65,7 @@ def _params(config):
 def test_every_configuration_builds(names):
   file, *arguments = names
   config = importlib.import_module(f"configs.{file}").get_config(*arguments)
+  build.check_schedule(config)
   model, params = _params(config)
   has_instance = config.instance.enabled and config.task != "detection"
   has_semantic = config.semantic.enabled and config.task == "panoptic"
@@ -83,6 +84,34 @@ def test_every_configuration_builds(names):
   sides = np.array([*config.data.canvases, *config.evaluation.canvases])
   assert not (sides % config.backbone.stride).any()
   assert not (sides % config.losses.mask_stride).any()
+
+
+@pytest.mark.parametrize(
+  ("fields", "is_refused"),
+  [
+    ({"train.steps": 700}, True),
+    ({"train.steps": 701}, False),
+    ({"train.steps": 702, "reestimation.lag": 2}, True),
+    ({"train.steps": 703, "reestimation.lag": 2}, False),
+    ({"train.steps": 500, "task": "instance"}, True),
+    ({"train.steps": 500, "instance.enabled": False}, True),
+    ({"train.steps": 500, "task": "detection"}, False),
+    (
+      {"train.steps": 5, "instance.enabled": False, "semantic.enabled": False},
+      False,
+    ),
+  ],
+)
+def test_branches_that_would_never_learn_are_refused(fields, is_refused):
+  config = importlib.import_module("configs.folder").get_config()
+  assert config.reestimation.start == 700
+  config.update_from_flattened_dict(fields)
+  build.check_fields(config)  # what was trained so can still be used
+  if not is_refused:
+    return build.check_schedule(config)
+  wanted = rf"start is 700.*train\.steps is {config.train.steps}.*instance\.en"
+  with pytest.raises(InputError, match=wanted):
+    build.check_schedule(config)
 
 
 @pytest.mark.parametrize("file", ["voc2012_panoptic", "ablations"])
