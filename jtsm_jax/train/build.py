@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 import pathlib
-import re
 from typing import Any
 
 import jax
@@ -323,7 +322,11 @@ def build_model(
 
 
 def load_pretrained(
-  config: ml_collections.ConfigDict, cache_dir: pathlib.Path
+  config: ml_collections.ConfigDict,
+  cache_dir: pathlib.Path,
+  *,
+  backbone_anew: bool = True,
+  neck_anew: bool = True,
 ) -> dict[str, Any] | None:
   """Variables of the backbone and, where the file has them, of the neck.
 
@@ -332,10 +335,13 @@ def load_pretrained(
   Args:
     config: see configs/base.py.
     cache_dir: where converted weights are kept.
+    backbone_anew: whether any of the backbone is not another run's, as
+      `train.init_from` has it.
+    neck_anew: the same of the neck.
 
   Returns:
-    A part of the variables of the model, for `create_state`; None to start it
-    at random.
+    A part of the variables of the model, for `initial_variables`; None to start
+    it at random, or where another run has all of them.
 
   Raises:
     InputError: there are no such weights, they do not fit, or the backbone
@@ -343,7 +349,7 @@ def load_pretrained(
   """
   b = config.backbone
   if not b.pretrained:
-    if b.freeze != "none" and not config.warm_up.steps:
+    if backbone_anew and b.freeze != "none" and not config.warm_up.steps:
       raise InputError(
         "config.backbone: without pretrained weights and without a tag warm-up "
         f"a backbone frozen up to {b.freeze!r} stays random; set "
@@ -351,6 +357,8 @@ def load_pretrained(
       )
     return None
   _check_pretrained(b)
+  if not (backbone_anew or neck_anew):
+    return None
   neck = {}
   if b.name == "resnet_ws":
     backbone, neck = pretrained.load_resnet_ws(
@@ -372,9 +380,9 @@ def load_pretrained(
   misfit = _neck_misfit(config, neck)
   if not misfit:
     found["params"]["neck"] = neck
-  elif config.neck.widths:
+  elif config.neck.widths and neck_anew:
     print(f"train: the neck starts at random: {misfit}")
-  elif neck:
+  elif neck and not config.neck.widths:
     print(f"train: the neck of {b.pretrained} is not used: {misfit}")
   return found
 
@@ -449,14 +457,6 @@ def canvases(
       "losses.mask_stride), such as ((320, 480), (480, 320))"
     )
   return found
-
-
-def keeps_constants(config: ml_collections.ConfigDict) -> bool:
-  """Whether the "constants" of the model come from another run."""
-  skip = config.train.init_skip
-  return bool(config.train.init_from) and not any(
-    re.match(pattern, "constants/") for pattern in skip
-  )
 
 
 def warm_up_optimizer(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 import ml_collections
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from jtsm_jax.data.pipeline import make_pipeline
@@ -35,6 +37,9 @@ from jtsm_jax.train.sharding import (
 from jtsm_jax.train.state import TrainState, create_state, initial_variables
 from jtsm_jax.train.warm_up import make_tag_step
 from jtsm_jax.types import Batch, Mined
+
+BACKBONE = "(params|batch_stats)/extractor/backbone/"
+"""Pattern of the paths of its variables."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,13 +234,20 @@ def _batches(
 
 
 def first_variables(setup: Setup) -> dict[str, Any]:
-  """What `model.apply` takes: random, pretrained, or from another run."""
+  """What `model.apply` takes: random, pretrained, or from another run.
+
+  Raises:
+    InputError: see `build.load_pretrained` and `checkpoints.weights_from`.
+  """
   config = setup.config
+  pretrained = build.load_pretrained(
+    config,
+    setup.workdir / "weights",
+    backbone_anew=_starts_anew(setup, BACKBONE),
+    neck_anew=_starts_anew(setup, "params/neck/"),
+  )
   variables = initial_variables(
-    setup.key,
-    setup.model,
-    setup.example,
-    pretrained=build.load_pretrained(config, setup.workdir / "weights"),
+    setup.key, setup.model, setup.example, pretrained=pretrained
   )
   if config.train.init_from:
     variables = checkpoints.weights_from(
@@ -246,6 +258,21 @@ def first_variables(setup: Setup) -> dict[str, Any]:
   return variables
 
 
+def _starts_anew(setup: Setup, part: str) -> bool:
+  """Whether any array of a part of the model is not another run's.
+
+  Args:
+    setup: the run.
+    part: a pattern of paths; False where the model has no such part.
+  """
+  c = setup.config.train
+  return any(
+    not c.init_from or checkpoints.is_skipped(name, tuple(c.init_skip))
+    for name in map("/".join, flatten_dict(setup.abstract))
+    if re.match(part, name)
+  )
+
+
 def begin(setup: Setup, variables: Any, step: int) -> TrainState:
   """Enters the phase of `step`: calibrates, and places the state.
 
@@ -254,18 +281,33 @@ def begin(setup: Setup, variables: Any, step: int) -> TrainState:
     variables: what `model.apply` takes, whole, on this host.
     step: 0, or the first one of the mining.
   """
-  c = setup.config.train
-  if step == setup.warm_up_steps and not build.keeps_constants(setup.config):
-    batches = _batches(
-      setup.config, setup.source, setup.store, step, whole=True
-    )
-    count = min(-(-c.calibration_images // c.batch_size), c.steps)
-    batches = [next(batches) for _ in range(count)]
-    seed = setup.config.seed
-    variables = jax.device_put(variables)  # once, not with every batch
-    variables = calibrate(setup.model, variables, batches, seed=seed)
+  if step == setup.warm_up_steps:
+    variables = _calibrated(setup, variables)
   state = jax.device_get(_new_state(setup, variables, step))
   return place(state, shardings(setup, step))
+
+
+def _calibrated(setup: Setup, variables: Any) -> Any:
+  """Sets the constants that are not another run's, or no more fit what is."""
+  anew = functools.partial(_starts_anew, setup)
+  # Each is computed from what the one before has made.
+  backbone = setup.warm_up_steps > 0 or anew(BACKBONE)
+  projection = backbone or anew("constants/extractor/")
+  center = projection or anew("constants/")
+  if "constants" not in setup.abstract or not center:
+    return variables
+  c = setup.config.train
+  batches = _batches(
+    setup.config, setup.source, setup.store, setup.warm_up_steps, whole=True
+  )
+  count = min(-(-c.calibration_images // c.batch_size), c.steps)
+  return calibrate(
+    setup.model,
+    jax.device_put(variables),  # once, not with every batch
+    [next(batches) for _ in range(count)],
+    seed=setup.config.seed,
+    projection=projection,
+  )
 
 
 def _new_state(setup: Setup, variables: Any, step: int) -> TrainState:

@@ -231,6 +231,12 @@ def test_weights_are_of_the_kind_that_a_backbone_takes(tmp_path):
   build.check_fields(config)  # a trained model does without the file
   with pytest.raises(InputError, match=r"cannot read the weights w\.pth"):
     build.load_pretrained(config, tmp_path)
+  # Where another run has all that it would give, it need not be there.
+  anew = {"backbone_anew": False, "neck_anew": False}
+  assert build.load_pretrained(config, tmp_path, **anew) is None
+  for part in anew:
+    with pytest.raises(InputError, match="cannot read the weights"):
+      build.load_pretrained(config, tmp_path, **anew | {part: True})
   for field, value in (("width", 0.5), ("norm", "group")):
     config = base.get_config()
     config.backbone.pretrained = "w.pth"
@@ -326,6 +332,9 @@ def test_a_neck_that_does_not_fit_is_told(
   assert set(found["params"]) == {"extractor"}
   (line,) = capsys.readouterr().out.splitlines()
   assert re.search(message, line)
+  if "starts at random" in message:
+    build.load_pretrained(config, tmp_path, neck_anew=False)
+    assert not capsys.readouterr().out
 
 
 def test_weights_without_a_neck_are_told(tmp_path, monkeypatch, capsys):
@@ -474,5 +483,6 @@ def test_a_backbone_that_would_stay_random_is_refused(tmp_path):
   config = base.get_config()
   with pytest.raises(InputError, match=r"backbone.*stays random"):
     build.load_pretrained(config, tmp_path)
+  assert build.load_pretrained(config, tmp_path, backbone_anew=False) is None
   config.warm_up.steps = 1
   assert build.load_pretrained(config, tmp_path) is None
