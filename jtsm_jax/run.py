@@ -67,6 +67,9 @@ FREE_FIELDS = (
 )
 """Fields that may change between two runs in one workdir."""
 
+START_FIELDS = ("train.init_from", "train.init_skip")
+"""Fields that the first start alone reads: later ones may leave them out."""
+
 DATA_FIELDS = (
   "task",
   "data.name",
@@ -171,7 +174,8 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
 
   Fields are fixed by what was made with them: those of the data once they are
   prepared, the others by the first checkpoint. So a try that fails before does
-  not spoil the workdir.
+  not spoil the workdir. The weights that a run began with may be left out
+  afterwards; others are refused, not overlooked.
 
   Raises:
     InputError: the workdir cannot be made, or belongs to other settings.
@@ -192,6 +196,8 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
   is_prepared = prepared.is_prepared(prepared_directory(config, workdir))
 
   def is_fixed(name: str) -> bool:
+    if trained and name in START_FIELDS:
+      return bool(a.get(name))
     if trained:
       return not _is_among(name, FREE_FIELDS)
     return is_prepared and _is_among(name, DATA_FIELDS)
