@@ -296,18 +296,32 @@ def _calibrated(setup: Setup, variables: Any) -> Any:
   center = projection or anew("constants/")
   if "constants" not in setup.abstract or not center:
     return variables
+  return calibrate(
+    setup.model,
+    jax.device_put(variables),  # once, not with every batch
+    _calibration_batches(setup),
+    seed=setup.config.seed,
+    projection=projection,
+  )
+
+
+def _calibration_batches(setup: Setup) -> list[Batch]:
+  """The first images of the mining, so many at a time as a device has."""
   c = setup.config.train
   batches = _batches(
     setup.config, setup.source, setup.store, setup.warm_up_steps, whole=True
   )
-  count = min(-(-c.calibration_images // c.batch_size), c.steps)
-  return calibrate(
-    setup.model,
-    jax.device_put(variables),  # once, not with every batch
-    [next(batches) for _ in range(count)],
-    seed=setup.config.seed,
-    projection=projection,
-  )
+  size = c.batch_size // c.accumulation // setup.mesh.shape["data"]
+  left = min(c.calibration_images, c.steps * c.batch_size)
+  parts = []
+  while left:
+    batch = next(batches)
+    count = min(left, c.batch_size)
+    for start in range(0, count, size):
+      rows = slice(start, min(start + size, count))
+      parts.append(jax.tree.map(lambda x, rows=rows: x[rows], batch))
+    left -= count
+  return parts
 
 
 def _new_state(setup: Setup, variables: Any, step: int) -> TrainState:

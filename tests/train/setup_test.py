@@ -114,3 +114,34 @@ def test_a_backbone_of_another_run_does_not_stay_random(made, other):
   skips = {"train.init_skip": ("params/extractor/backbone/",)}
   with pytest.raises(InputError, match="stays random"):
     setup.first_variables(made(**fields, **skips))
+
+
+def test_calibration_takes_what_a_device_has_in_a_step(made, monkeypatch):
+  taken = []
+
+  def calibrate(model, variables, batches, **_):
+    taken[:] = batches
+    return variables
+
+  monkeypatch.setattr(setup, "calibrate", calibrate)
+  monkeypatch.setattr(setup, "_new_state", lambda run, variables, step: ())
+  monkeypatch.setattr(setup, "shardings", lambda run, step: ())
+
+  def shown(**fields):
+    first = made(**fields)
+    setup.begin(first, None, 0)
+    wanted = [i for b in setup.batches_from(first, 0) for i in b.image_index]
+    found = [i for batch in taken for i in batch.image_index]
+    assert found == wanted[: len(found)]
+    assert all(
+      len(x) == len(b.valid) for b in taken for x in jax.tree.leaves(b)
+    )
+    return [len(batch.valid) for batch in taken]
+
+  # As many as before where that many fill whole batches.
+  assert shown(**{"train.calibration_images": 6}) == [2, 2, 2]
+  # 5 of 16 images, 2 at a time.
+  sizes = {"train.batch_size": 16, "train.accumulation": 8}
+  assert shown(**sizes, **{"train.calibration_images": 5}) == [2, 2, 1]
+  # No more than there are.
+  assert shown(**{"train.calibration_images": 64, "train.steps": 4}) == [2] * 4
