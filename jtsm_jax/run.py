@@ -36,7 +36,7 @@ from jtsm_jax.modes.proposals import (
 from jtsm_jax.modes.report import run_report
 from jtsm_jax.modes.training import run_training
 from jtsm_jax.proposals import store as stores
-from jtsm_jax.train import build
+from jtsm_jax.train import fields
 from jtsm_jax.types import InputError
 
 Config = ml_collections.ConfigDict
@@ -116,9 +116,9 @@ def run(
       f"{workdir / 'checkpoints'}: there are no checkpoints; train first "
       "(--mode=train), or check --workdir"
     )
-  build.check_fields(config)  # wrong ones now, not after the proposals
+  fields.check_fields(config)  # wrong ones now, not after the proposals
   if not _is_trained(workdir):
-    build.check_schedule(config)
+    fields.check_schedule(config)
   _keep_compiled_programs()
   claim_workdir(workdir, config)
   if mode == "predict":
@@ -233,5 +233,5 @@ def _is_trained(workdir: pathlib.Path) -> bool:
   return any((workdir / "checkpoints").glob("[0-9]*"))
 
 
-def _is_among(name: str, fields: tuple[str, ...]) -> bool:
-  return any(name == f or name.startswith(f + ".") for f in fields)
+def _is_among(name: str, group: tuple[str, ...]) -> bool:
+  return any(name == f or name.startswith(f + ".") for f in group)

@@ -24,7 +24,7 @@ from jtsm_jax.data.pipeline import make_pipeline
 from jtsm_jax.data.prepared import PreparedData, RecordSource
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.proposals.store import ProposalStore
-from jtsm_jax.train import build, checkpoints
+from jtsm_jax.train import build, checkpoints, fields
 from jtsm_jax.train import step as step_parts
 from jtsm_jax.train.calibrate import calibrate
 from jtsm_jax.train.objectives import LossSettings, MiningSettings
@@ -215,7 +215,7 @@ def _batches(
     source,
     store,
     seed=config.seed,
-    canvases=build.canvases(config, "data"),
+    canvases=fields.canvases(config, "data"),
     batch_size=phase.batch_size,
     max_proposals=config.proposals.max_proposals,
     max_superpixels=config.proposals.num_superpixels,
