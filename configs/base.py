@@ -203,10 +203,11 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.init_from = ""
   c.train.init_skip = ()
   c.train.log_every = 20
-  c.train.images_every = 1000  # pictures of what is mined, in TensorBoard
+  # Pictures of what is mined, in TensorBoard, also in the last step; 0 = none.
+  c.train.images_every = 1000
   c.train.checkpoint_every = 1000
   c.train.keep_checkpoints = 2  # the last ones; the best one is kept besides
-  c.train.evaluate_every = 5000
+  c.train.evaluate_every = 5000  # 0 = not while it trains
   c.train.loader_threads = 2  # that make batches
   # Processes that make batches, each with so many threads; for hosts of many
   # cores. 0: this process makes them.

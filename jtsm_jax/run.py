@@ -36,7 +36,7 @@ from jtsm_jax.modes.proposals import (
 from jtsm_jax.modes.report import run_report
 from jtsm_jax.modes.training import run_training
 from jtsm_jax.proposals import store as stores
-from jtsm_jax.train import build
+from jtsm_jax.train import fields
 from jtsm_jax.types import InputError
 
 Config = ml_collections.ConfigDict
@@ -66,6 +66,9 @@ FREE_FIELDS = (
   "report",
 )
 """Fields that may change between two runs in one workdir."""
+
+START_FIELDS = ("train.init_from", "train.init_skip")
+"""Fields that the first start alone reads: later ones may leave them out."""
 
 DATA_FIELDS = (
   "task",
@@ -113,7 +116,9 @@ def run(
       f"{workdir / 'checkpoints'}: there are no checkpoints; train first "
       "(--mode=train), or check --workdir"
     )
-  build.check_fields(config)  # wrong ones now, not after the proposals
+  fields.check_fields(config)  # wrong ones now, not after the proposals
+  if not _is_trained(workdir):
+    fields.check_schedule(config)
   _keep_compiled_programs()
   claim_workdir(workdir, config)
   if mode == "predict":
@@ -169,7 +174,8 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
 
   Fields are fixed by what was made with them: those of the data once they are
   prepared, the others by the first checkpoint. So a try that fails before does
-  not spoil the workdir.
+  not spoil the workdir. The weights that a run began with may be left out
+  afterwards; others are refused, not overlooked.
 
   Raises:
     InputError: the workdir cannot be made, or belongs to other settings.
@@ -190,6 +196,8 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
   is_prepared = prepared.is_prepared(prepared_directory(config, workdir))
 
   def is_fixed(name: str) -> bool:
+    if trained and name in START_FIELDS:
+      return bool(a.get(name))
     if trained:
       return not _is_among(name, FREE_FIELDS)
     return is_prepared and _is_among(name, DATA_FIELDS)
@@ -225,5 +233,5 @@ def _is_trained(workdir: pathlib.Path) -> bool:
   return any((workdir / "checkpoints").glob("[0-9]*"))
 
 
-def _is_among(name: str, fields: tuple[str, ...]) -> bool:
-  return any(name == f or name.startswith(f + ".") for f in fields)
+def _is_among(name: str, group: tuple[str, ...]) -> bool:
+  return any(name == f or name.startswith(f + ".") for f in group)

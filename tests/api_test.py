@@ -28,7 +28,6 @@ TESTED_ELSEWHERE = {
   },
   "jtsm_jax/models/mixed_precision.py": "tests/train/precision_test.py",
   "jtsm_jax/train/loop.py": "tests/end_to_end_test.py",
-  "jtsm_jax/train/setup.py": "tests/end_to_end_test.py",
   "jtsm_jax/train/objectives.py": "tests/train/step_test.py",
   "jtsm_jax/train/warm_up.py": "tests/train/step_test.py",
   # Data types: every test makes some.

@@ -33,7 +33,7 @@ from jtsm_jax.proposals import store as stores
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = "tests/configs/tiny.py"
 LAST_STEP = 14  # 2 of the warm-up and 12 of training
-NEVER = "--config.train.evaluate_every=1000"
+NEVER = "--config.train.evaluate_every=0"
 
 
 @pytest.fixture(scope="session")
@@ -905,11 +905,13 @@ def test_a_broken_picture_is_reported_and_left_out(folder, run, tmp_path):
   (root / "images" / "train_00003.jpg").write_bytes(b"\xff\xd8 no picture")
   (root / "val_tags.csv").unlink()  # and nothing to evaluate
   workdir = tmp_path / "run"
-  out, err = run(workdir, *mine(root), "--config.train.steps=1")
+  flags = "--config.train.steps=1", "--config.train.images_every=0"
+  out, err = run(workdir, *mine(root), *flags)
   assert "left out of train: train_00003: cannot be decoded" in err
   assert "train_00003" in (workdir / "data" / "quarantine.txt").read_text()
   assert "11 train images" in out
   assert "no ground truth" in out
+  assert not (workdir / "mining").exists()
   # What prediction needs is there all the same.
   run(workdir, *mine(root), "--config.train.steps=1", "--mode=predict",
       f"--input={root / 'images'}")  # fmt: skip

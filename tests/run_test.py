@@ -114,6 +114,39 @@ def test_caches_of_a_trained_workdir_may_move(root, tmp_path, monkeypatch):
     run.claim_workdir(tmp_path, config)
 
 
+def test_first_weights_may_be_left_out_once_there_is_a_checkpoint(
+  root, tmp_path, monkeypatch
+):
+  config = _config(root, "data0")
+  plain = config.copy_and_resolve_references()
+  for name in ("a", "b"):  # before the first checkpoint the last one counts
+    config.train.init_from, config.train.init_skip = name, ("params/heads/",)
+    run.claim_workdir(tmp_path, config)
+  monkeypatch.setattr(run, "_is_trained", lambda workdir: True)
+  run.claim_workdir(tmp_path, plain)
+  run.claim_workdir(tmp_path, config)  # and what it began with is still known
+  for field, value, message in (
+    ("init_from", "c", r"train\.init_from = 'c', there 'b'"),
+    ("init_skip", ("params/",), r"train\.init_skip = \['params/'\], there"),
+  ):
+    other = config.copy_and_resolve_references()
+    other.train[field] = value
+    with pytest.raises(InputError, match=message):
+      run.claim_workdir(tmp_path, other)
+
+
+def test_a_schedule_is_checked_until_something_is_trained(
+  root, tmp_path, monkeypatch
+):
+  config = _config(root, "data0")
+  config.reestimation.start = config.train.steps
+  with pytest.raises(InputError, match=r"config\.reestimation\.start is 12"):
+    run.run(config, tmp_path, mode="audit")
+  assert not list(tmp_path.iterdir())
+  monkeypatch.setattr(run, "_is_trained", lambda workdir: True)
+  run.run(config, tmp_path, mode="audit")
+
+
 def test_data_and_proposals_in_a_bucket(root, bucket, tmp_path, monkeypatch):
   """All that training needs of them, with nothing of their own on the disk."""
   config = _config(bucket, "data")

@@ -1,8 +1,8 @@
 """From prepared records and stored proposals to batches of static shape.
 
 One element of the pipeline is the whole batch of a step and a pure function of
-(seed, step). The state of the iterator is therefore a position, and a resumed
-run sees exactly the batches that it would have seen.
+(seed, step). No iterator is saved: a resumed run begins at its step, and sees
+exactly the batches that it would have seen.
 """
 
 from __future__ import annotations
@@ -87,13 +87,11 @@ def make_pipeline(
     process_count: n; must divide `batch_size`.
     num_threads: that make batches.
     num_workers: processes that make batches, each with `num_threads`; 0 makes
-      them in this one. The state of the iterator is for as many.
+      them in this one.
     prefetch: batches that are made ahead, by each process.
 
   Returns:
     An iterator of (step, Batch), B = batch_size / process_count, numpy arrays.
-    Its `get_state` and `set_state` go into the checkpoint; the state counts
-    from `start_step`, so a resumed run passes the same `start_step`.
 
   Raises:
     ValueError: process_count does not divide batch_size, or `batch_plan`

@@ -37,8 +37,19 @@ def mil_loss(
   return masked_mean(loss, valid, count=count)
 
 
-def tag_loss(logits: jax.Array, tags: jax.Array, *, valid: jax.Array):
-  """Sigmoid cross-entropy [B, K] summed over classes, mean over images."""
+def tag_loss(
+  logits: jax.Array, tags: jax.Array, *, valid: jax.Array
+) -> jax.Array:
+  """Sigmoid cross-entropy, summed over classes, mean over images.
+
+  Args:
+    logits: [B, K] float32.
+    tags: [B, K] float32, 0 or 1.
+    valid: [B] bool; padding examples do not count.
+
+  Returns:
+    A float32 scalar, at least 0.
+  """
   loss = optax.sigmoid_binary_cross_entropy(logits, tags).sum(-1)
   return masked_mean(loss, valid)
 

@@ -40,6 +40,9 @@ def prefer_tags(
     logits: [B, Hf, Wf, K] float32.
     tags: [B, K] float32, 0 or 1.
     advantage: what the others lose.
+
+  Returns:
+    [B, Hf, Wf, K] float32, no more than `logits`.
   """
   return jnp.where(tags[:, None, None] > 0, logits, logits - advantage)
 
@@ -91,11 +94,14 @@ def _assign_image(logits, tags, inside, shares):
 
 
 def class_maps(logits: jax.Array, inside: jax.Array) -> jax.Array:
-  """Probabilities [B, Hf, Wf, K] of the cells.
+  """Probabilities of the cells.
 
   Args:
     logits: [B, Hf, Wf, K] float32.
-    inside: [B, Hf, Wf] bool; 0 outside.
+    inside: [B, Hf, Wf] bool, cells that lie in the image.
+
+  Returns:
+    [B, Hf, Wf, K] float32 in [0, 1], sums of 1; 0 outside the image.
   """
   return jax.nn.softmax(logits) * inside[..., None]
 

@@ -51,7 +51,16 @@ class FeatureExtractor(nn.Module):
     return x.astype(self.dtype)
 
   def stages(self, images: jax.Array, *, train: bool) -> jax.Array:
-    """The stages before the projection, never frozen: float32 in any case."""
+    """The chosen stages before the projection, never frozen.
+
+    Args:
+      images: [B, H, W, 3] uint8 RGB; H and W are multiples of the stride.
+      train: whether norm layers compute their statistics, and update them.
+
+    Returns:
+      [B, H / stride, W / stride, C] float32 in any case, C the sum of the
+      stages' channels; not bounded.
+    """
     stages = self.backbone(self.normalise(images), train=train)
     height = images.shape[1] // self.stride
     width = images.shape[2] // self.stride

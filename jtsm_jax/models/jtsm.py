@@ -35,17 +35,28 @@ class JTSM(nn.Module):
   cells: CellHead | None = None
 
   def features(self, batch: Batch) -> jax.Array:
-    """The feature map [B, Hf, Wf, C]: cached, or from the images."""
+    """The feature map: cached, or from the images.
+
+    Args:
+      batch: its features are read, or else images and colour.
+
+    Returns:
+      [B, Hf, Wf, C] of the extractor's dtype, not bounded; padding has values,
+      too. One cell is the extractor's stride of canvas pixels wide.
+    """
     if batch.features is not None:
       return batch.features.astype(self.extractor.dtype)
     return self.extractor(coloured_images(batch))
 
   def extract(self, images: jax.Array) -> jax.Array:
-    """The feature map of images, for the cache."""
+    """The feature map of images [B, H, W, 3] uint8, like that of `features`."""
     return self.extractor(images)
 
   def stages(self, images: jax.Array, *, train: bool) -> jax.Array:
-    """The feature map before its projection, for warm-up and calibration."""
+    """The feature map before its projection, for warm-up and calibration.
+
+    See `FeatureExtractor.stages`.
+    """
     return self.extractor.stages(images, train=train)
 
   def pool(self, features: jax.Array, batch: Batch) -> list[jax.Array]:
@@ -84,26 +95,43 @@ class JTSM(nn.Module):
     return self.heads(described, valid)
 
   def instance_logits(self, features: jax.Array, boxes: jax.Array) -> jax.Array:
-    """Masks [B, N, 28, 28, T] of boxes [B, N, 4]."""
+    """Masks of boxes, for each thing class.
+
+    Args:
+      features: [B, Hf, Wf, C] float.
+      boxes: [B, N, 4] float32, canvas pixels.
+
+    Returns:
+      [B, N, 28, 28, T] float32 logits in the frame of each box.
+    """
     return self.instance(features, boxes)
 
   def semantic_logits(self, features: jax.Array) -> jax.Array:
-    """Logits [B, Hf, Wf, 1 + stuff]; 0 = a thing."""
+    """Stuff classes of the cells of `features`, [B, Hf, Wf, C] float.
+
+    Returns:
+      [B, Hf, Wf, 1 + stuff] float32 logits; channel 0 is any thing.
+    """
     return self.semantic(features)
 
   def cell_logits(
     self, features: jax.Array, *, keys: jax.Array | None = None
   ) -> jax.Array:
-    """Logits [B, Hf, Wf, K] of the cells; `keys` [B] are for dropout."""
+    """Logits [B, Hf, Wf, K] float32 of the cells; `keys` [B] for dropout."""
     return self.cells(features.astype(self.extractor.dtype), keys=keys)
 
   def inside(self, batch: Batch) -> jax.Array:
-    """[B, Hf, Wf] bool: the cells whose first pixel lies in the image."""
+    """[B, Hf, Wf] bool: True for cells whose first pixel lies in the image.
+
+    Args:
+      batch: superpixels [B, H, W] are read; H and W are multiples of the
+        extractor's stride.
+    """
     stride = self.extractor.stride
     return batch.superpixels[:, ::stride, ::stride] >= 0
 
   def tag_logits(self, stages: jax.Array, size: jax.Array) -> jax.Array:
-    """Tag logits [B, K] of images of `size` [B, 2] on the canvas."""
+    """Tag logits [B, K] float32 of images of `size` [B, 2] canvas pixels."""
     stride = self.extractor.stride
     y = jnp.arange(stages.shape[1]) * stride
     x = jnp.arange(stages.shape[2]) * stride

@@ -55,14 +55,28 @@ class ProposalFeatures(nn.Module):
 
   @nn.compact
   def __call__(self, features: jax.Array, batch: Batch) -> jax.Array:
-    """Maps [B, Hf, Wf, C] and the proposals of `batch` to [B, P, D]."""
+    """Describes each proposal of a batch.
+
+    Args:
+      features: [B, Hf, Wf, C] float.
+      batch: superpixels, membership and boxes are read.
+
+    Returns:
+      [B, P, D] of `dtype`, neither bounded nor normalised; padded proposals are
+      described, too. D is C, or bins x C where they are flattened, and C more
+      with `average`.
+
+    Raises:
+      ValueError: `pooling` or `reduce` is unknown, or a part has no exponent.
+    """
     parts = self.pool(features, batch)
     if self.center:
       parts = [self._centred(i, part) for i, part in enumerate(parts)]
     share = jax.vmap(area_share)(batch.superpixels, batch.membership)
+    exponents = self.size_exponents[: len(parts)]
     parts = [
       part * share[..., None] ** exponent if exponent else part
-      for part, exponent in zip(parts, self.size_exponents, strict=False)
+      for part, exponent in zip(parts, exponents, strict=True)
     ]
     parts = [part.astype(self.dtype) for part in parts]
     return jnp.concatenate(parts, axis=-1)

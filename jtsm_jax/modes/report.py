@@ -13,7 +13,7 @@ from jtsm_jax.modes.trained import load_trained, prediction_settings, steps_of
 from jtsm_jax.proposals import store as stores
 from jtsm_jax.reporting import report
 from jtsm_jax.reporting.mined_images import mine_images
-from jtsm_jax.train import build
+from jtsm_jax.train import build, fields
 
 Config = ml_collections.ConfigDict
 
@@ -58,7 +58,7 @@ def run_report(
         store=store,
         settings=mining,
         tag_advantage=config.losses.tag_advantage,
-        canvases=build.canvases(config, "data"),
+        canvases=fields.canvases(config, "data"),
         batch_size=settings.batch_size,
         max_proposals=settings.max_proposals,
         max_superpixels=settings.max_superpixels,

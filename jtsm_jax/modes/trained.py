@@ -18,7 +18,7 @@ from jtsm_jax.evaluation.fusion import FusionSettings
 from jtsm_jax.evaluation.inference import DetectionSettings, Steps, make_steps
 from jtsm_jax.evaluation.predict import PredictionSettings
 from jtsm_jax.models.jtsm import JTSM
-from jtsm_jax.train import build, checkpoints
+from jtsm_jax.train import build, checkpoints, fields
 from jtsm_jax.types import Categories
 
 Config = ml_collections.ConfigDict
@@ -78,7 +78,7 @@ def prediction_settings(config: Config) -> PredictionSettings:
   """`config.evaluation` as plain settings."""
   e = config.evaluation
   return PredictionSettings(
-    canvases=build.canvases(config, "evaluation"),
+    canvases=fields.canvases(config, "evaluation"),
     batch_size=e.batch_size,
     max_proposals=config.proposals.max_proposals,
     max_superpixels=config.proposals.num_superpixels,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import operator
 import pathlib
-import re
 from typing import Any
 
 import jax
@@ -22,7 +19,6 @@ from jtsm_jax.backbones import (
   resnet,
   resnet_ws,
 )
-from jtsm_jax.data.pipeline import MAX_SUPERPIXELS
 from jtsm_jax.data.prepared import RecordSource
 from jtsm_jax.mining.labels import slots_needed
 from jtsm_jax.mining.masks import MaskReestimator
@@ -34,150 +30,11 @@ from jtsm_jax.models.neck_and_heads import MiningHeads, Neck, TagHead
 from jtsm_jax.models.proposal_features import ProposalFeatures
 from jtsm_jax.models.semantic_branch import SemanticBranch
 from jtsm_jax.proposals.store import ProposalStore
+from jtsm_jax.train import fields
 from jtsm_jax.train.feature_cache import FeatureCache, cache_bytes
 from jtsm_jax.train.objectives import LossSettings, MiningSettings
 from jtsm_jax.train.schedule import make_optimizer, scaled_rate, step_decay
 from jtsm_jax.types import Categories, InputError
-
-STAGES = {
-  "resnet_ws": {
-    "stem": "stem[123]",
-    **{f"res{i}": f"res{i}_" for i in range(2, 6)},
-  },
-  "resnet": {
-    "stem": "stem/",
-    **{f"res{i}": f"res{i}_" for i in range(2, 6)},
-  },
-  "efficientnet_lite0": {
-    "stem": "stem",
-    "stage1": "block0/",
-    "stage2": "block[12]/",
-    "stage3": "block[34]/",
-    "stage4": "block[567]/",
-    "stage5": "block([89]|10)/",
-    "stage6": "block1[1234]/",
-    "stage7": "block15/",
-    "head": "head",
-  },
-}
-"""Stages of each backbone in order, and the beginnings of their parameters."""
-
-STRIDES = {
-  "resnet_ws": (8, 16),
-  "resnet": (8, 16, 32),
-  "efficientnet_lite0": (8, 16, 32),
-}
-
-WEIGHTS = {
-  "resnet_ws": (".pkl", ".pth", ".safetensors"),
-  "resnet": (".pth", ".safetensors"),
-  "efficientnet_lite0": (".pth", ".safetensors"),
-}
-"""The files of weights that each backbone takes."""
-
-CHOICES = {
-  "task": ("panoptic", "instance", "detection"),
-  "backbone.name": tuple(STAGES),
-  "backbone.depth": tuple(resnet_ws.BLOCKS),
-  "backbone.norm": ("frozen", "batch", "group"),
-  "pooling.kind": ("moi", "tps", "roi", "roi_align"),
-  "pooling.compensation": ("bins", "official", "features", ""),
-  "pooling.availability": ("any", "coverage"),
-  "pooling.reduce": ("flatten", "mean"),
-  "reestimation.init": ("segment", "rectangle", "none"),
-  "losses.mil_reduction": ("sum", "mean"),
-  "losses.refinement_reduction": ("mean", "sum"),
-  "train.optimizer": ("sgd", "adamw"),
-  "train.precision": ("float32", "bfloat16"),
-  "train.remat": ("", "backbone"),
-  "evaluation.nms_kind": ("masks", "boxes"),
-  "evaluation.voc_metric": ("area", "11point"),
-}
-"""The values of the fields that choose one of a few."""
-
-
-def check_fields(config: ml_collections.ConfigDict) -> None:
-  """Looks for values that no part of the program knows, before any work.
-
-  Raises:
-    InputError: a field is at fault; says which values it may have.
-  """
-  for field, choices in CHOICES.items():
-    value = operator.attrgetter(field)(config)
-    if value not in choices:
-      raise InputError(
-        f"config.{field} is {value!r}; wanted one of "
-        + ", ".join(map(repr, choices))
-      )
-  b = config.backbone
-  if b.stride not in STRIDES[b.name]:
-    raise InputError(
-      f"config.backbone.stride is {b.stride}; {b.name} has one of "
-      f"{', '.join(map(str, STRIDES[b.name]))}"
-    )
-  stages = tuple(STAGES[b.name])
-  outputs = stages[1:]  # the stem is no output
-  if not b.outputs or not set(b.outputs) <= set(outputs):
-    raise InputError(
-      f"config.backbone.outputs is {tuple(b.outputs)}; wanted some of the "
-      f"stages of {b.name}: {', '.join(outputs)}"
-    )
-  if b.freeze not in ("all", "none", *stages):
-    raise InputError(
-      f"config.backbone.freeze is {b.freeze!r}; wanted 'all', 'none' or a "
-      f"stage of {b.name}: {', '.join(stages)}"
-    )
-  _check_pretrained(b)
-  for group in ("data", "evaluation"):
-    canvases(config, group)
-  if not 1 <= config.proposals.num_superpixels <= MAX_SUPERPIXELS:
-    raise InputError(
-      f"config.proposals.num_superpixels is {config.proposals.num_superpixels};"
-      f" wanted 1 to {MAX_SUPERPIXELS}"
-    )
-  for group in ("train", "evaluation"):
-    block = config[group].proposal_block
-    if block < 0 or block % 8:
-      raise InputError(
-        f"config.{group}.proposal_block is {block}; wanted a multiple of 8, or "
-        "0 for all proposals at once"
-      )
-  c = config.train
-  if c.accumulation < 1 or c.batch_size % c.accumulation:
-    raise InputError(
-      f"config.train.accumulation is {c.accumulation}; it must divide "
-      f"config.train.batch_size = {c.batch_size}"
-    )
-  if c.memory_gib < 0:
-    raise InputError(
-      f"config.train.memory_gib is {c.memory_gib}; wanted a device's memory in "
-      "GiB, or 0 for what the device says"
-    )
-  if not 0 <= c.ema_decay < 1:
-    raise InputError(
-      f"config.train.ema_decay is {c.ema_decay}; wanted a number in [0, 1), "
-      "such as 0.999; 0 keeps no average"
-    )
-  if config.evaluation.ema and not c.ema_decay:
-    raise InputError(
-      "config.evaluation.ema asks for the average of the weights, and "
-      "config.train.ema_decay = 0 keeps none"
-    )
-  if config.evaluation.show_present and not config.evaluation.calibrate:
-    raise InputError(
-      "config.evaluation.show_present needs the thresholds that say what an "
-      "image shows: set config.evaluation.calibrate=True, too"
-    )
-  if config.data.colour_factor < 1:
-    raise InputError(
-      f"config.data.colour_factor is {config.data.colour_factor}; wanted a"
-      " factor of at least 1, which changes nothing"
-    )
-  if not 0 < config.data.crop <= 1:
-    raise InputError(
-      f"config.data.crop is {config.data.crop}; wanted a share of an image's"
-      " height and width in (0, 1]; 1 does not crop"
-    )
 
 
 def build_model(
@@ -186,9 +43,9 @@ def build_model(
   """The model of a configuration.
 
   Raises:
-    InputError: from `check_fields`.
+    InputError: from `fields.check_fields`.
   """
-  check_fields(config)
+  fields.check_fields(config)
   b = config.backbone
   dtype = jnp.dtype(config.train.precision)
   computing = {"dtype": dtype, "remat": config.train.remat == "backbone"}
@@ -279,7 +136,11 @@ def build_model(
 
 
 def load_pretrained(
-  config: ml_collections.ConfigDict, cache_dir: pathlib.Path
+  config: ml_collections.ConfigDict,
+  cache_dir: pathlib.Path,
+  *,
+  backbone_anew: bool = True,
+  neck_anew: bool = True,
 ) -> dict[str, Any] | None:
   """Variables of the backbone and, where the file has them, of the neck.
 
@@ -288,10 +149,13 @@ def load_pretrained(
   Args:
     config: see configs/base.py.
     cache_dir: where converted weights are kept.
+    backbone_anew: whether any of the backbone is not another run's, as
+      `train.init_from` has it.
+    neck_anew: the same of the neck.
 
   Returns:
-    A part of the variables of the model, for `create_state`; None to start it
-    at random.
+    A part of the variables of the model, for `initial_variables`; None to start
+    it at random, or where another run has all of them.
 
   Raises:
     InputError: there are no such weights, they do not fit, or the backbone
@@ -299,14 +163,16 @@ def load_pretrained(
   """
   b = config.backbone
   if not b.pretrained:
-    if b.freeze != "none" and not config.warm_up.steps:
+    if backbone_anew and b.freeze != "none" and not config.warm_up.steps:
       raise InputError(
         "config.backbone: without pretrained weights and without a tag warm-up "
         f"a backbone frozen up to {b.freeze!r} stays random; set "
         "backbone.freeze='none', or warm_up.steps, or backbone.pretrained"
       )
     return None
-  _check_pretrained(b)
+  fields.check_pretrained(b)
+  if not (backbone_anew or neck_anew):
+    return None
   neck = {}
   if b.name == "resnet_ws":
     backbone, neck = pretrained.load_resnet_ws(
@@ -328,34 +194,11 @@ def load_pretrained(
   misfit = _neck_misfit(config, neck)
   if not misfit:
     found["params"]["neck"] = neck
-  elif config.neck.widths:
+  elif config.neck.widths and neck_anew:
     print(f"train: the neck starts at random: {misfit}")
-  elif neck:
+  elif neck and not config.neck.widths:
     print(f"train: the neck of {b.pretrained} is not used: {misfit}")
   return found
-
-
-def _check_pretrained(backbone: ml_collections.ConfigDict) -> None:
-  """Looks whether there can be such weights; the file may be elsewhere."""
-  name, source = backbone.name, backbone.pretrained
-  if not source or (name, source) == ("efficientnet_lite0", "imagenet"):
-    return
-  if pathlib.Path(source).suffix not in WEIGHTS[name]:
-    raise InputError(
-      f"config.backbone.pretrained is {source!r}: there are no such weights "
-      f"for {name}. It takes the path of a {' or '.join(WEIGHTS[name])} file, "
-      "efficientnet_lite0 also 'imagenet'; '' starts at random. See "
-      "docs/pretrained.md"
-    )
-  if name == "efficientnet_lite0":
-    return  # has neither a width nor a norm to choose
-  for field, wanted in (("width", (1.0,)), ("norm", ("frozen", "batch"))):
-    if backbone[field] not in wanted:
-      raise InputError(
-        f"config.backbone.{field} is {backbone[field]!r}: pretrained weights "
-        f"are for {' or '.join(map(repr, wanted))}; change it, or start at "
-        "random with backbone.pretrained=''"
-      )
 
 
 def _neck_misfit(
@@ -381,38 +224,6 @@ def _neck_misfit(
     if found != wanted:
       return f"config.{field} is {found!r}, that of {source} needs {wanted!r}"
   return ""
-
-
-def canvases(
-  config: ml_collections.ConfigDict, group: str
-) -> tuple[tuple[int, int], ...]:
-  """`config.data.canvases` or `config.evaluation.canvases`, checked.
-
-  Raises:
-    InputError: it is not a tuple of (height, width), or a side is no multiple
-      of the strides of the features and of the pseudo masks.
-  """
-  value = config[group].canvases
-  unit = math.lcm(config.backbone.stride, config.losses.mask_stride)
-  try:
-    found = tuple((int(height), int(width)) for height, width in value)
-  except (TypeError, ValueError):
-    found = ()
-  if not found or any(side < 1 or side % unit for c in found for side in c):
-    raise InputError(
-      f"config.{group}.canvases is {value!r}; wanted a tuple of (height, "
-      f"width) in multiples of {unit} pixels (backbone.stride and "
-      "losses.mask_stride), such as ((320, 480), (480, 320))"
-    )
-  return found
-
-
-def keeps_constants(config: ml_collections.ConfigDict) -> bool:
-  """Whether the "constants" of the model come from another run."""
-  skip = config.train.init_skip
-  return bool(config.train.init_from) and not any(
-    re.match(pattern, "constants/") for pattern in skip
-  )
 
 
 def warm_up_optimizer(
@@ -444,10 +255,13 @@ def main_optimizer(
   elif freeze == "none":
     frozen = ()
   else:
-    stages = STAGES[config.backbone.name]
+    stages = fields.STAGES[config.backbone.name]
     last = list(stages).index(freeze)
     frozen = tuple(backbone + s for s in list(stages.values())[: last + 1])
-  if config.backbone.norm == "frozen":
+  # Another backbone has no norm to choose.
+  if (
+    config.backbone.name in fields.RESNETS and config.backbone.norm == "frozen"
+  ):
     frozen += (backbone + ".*norm/",)
   return make_optimizer(
     params,
@@ -545,11 +359,11 @@ def _feature_bytes(config, model, variables, source, *, split) -> int | None:
   """Of a split's features on disk; None where they do not stay the same."""
   if not (config.backbone.cache and config.backbone.freeze == "all"):
     return None
-  sizes = set(canvases(config, "evaluation"))
+  sizes = set(fields.canvases(config, "evaluation"))
   if split == "train":
     if config.data.colour_factor != 1 or config.data.crop != 1:
       return None  # every step sees other colours or other parts
-    sizes |= set(canvases(config, "data"))
+    sizes |= set(fields.canvases(config, "data"))
   return cache_bytes(
     model, variables, canvases=tuple(sizes), num_images=len(source)
   )

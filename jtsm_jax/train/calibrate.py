@@ -26,6 +26,7 @@ def calibrate(
   batches: Sequence[Batch],
   *,
   seed: int,
+  projection: bool = True,
 ) -> dict[str, Any]:
   """Sets the "constants" of the model; does nothing to a model without any.
 
@@ -34,12 +35,13 @@ def calibrate(
     variables: what `model.apply` takes.
     batches: training batches with images.
     seed: of the choice of cells.
+    projection: False keeps the projection, and sets the others for it.
 
   Returns:
     Variables that differ in "constants" only.
   """
   variables = dict(variables)
-  if model.extractor.projection:
+  if projection and model.extractor.projection:
     variables = _fit_projection(model, variables, batches, seed)
   if model.proposal_features.center:
     variables = _fit_center(model, variables, batches)

@@ -203,6 +203,11 @@ def restore_variables(
   raise InputError(f"{directory}: no checkpoint can be read; {remedy}")
 
 
+def is_skipped(name: str, skip: tuple[str, ...]) -> bool:
+  """Whether a path, such as "params/heads/bias", begins like a pattern."""
+  return any(re.match(pattern, name) for pattern in skip)
+
+
 def weights_from(
   path: pathlib.Path, variables: Mapping[str, Any], *, skip: tuple[str, ...]
 ) -> dict[str, Any]:
@@ -240,10 +245,11 @@ def weights_from(
   )
   mine = flatten_dict(dict(variables))
 
-  def is_wanted(name: tuple[str, ...]) -> bool:
-    return not any(re.match(pattern, "/".join(name)) for pattern in skip)
-
-  wanted = {name: leaf for name, leaf in mine.items() if is_wanted(name)}
+  wanted = {
+    name: leaf
+    for name, leaf in mine.items()
+    if not is_skipped("/".join(name), skip)
+  }
   misfits = _misfits(
     {"/".join(k): v for k, v in theirs.items() if k in wanted or k not in mine},
     {"/".join(k): v for k, v in wanted.items()},

@@ -60,12 +60,12 @@ def train(
     data: the split "train" is read.
     store: proposals of its images.
     stopping: listens to signals.
-    evaluate: called every `config.train.evaluate_every` steps, by the first
-      process, with variables; returns metrics, whose first one decides the best
-      checkpoint, and pictures.
-    show_mined: called every `config.train.images_every` steps and in the last
-      one, with a batch, its mined segments and, with branches, the futures of
-      their masks; returns pictures.
+    evaluate: called every `config.train.evaluate_every` steps (0: never), by
+      the first process, with variables; returns metrics, whose first one
+      decides the best checkpoint, and pictures.
+    show_mined: called every `config.train.images_every` steps (0: never) and in
+      the last one, with a batch, its mined segments and, with branches, the
+      futures of their masks; returns pictures.
     profile: the first and the last step of a trace that is kept in the workdir.
 
   Raises:
@@ -153,6 +153,7 @@ def train(
       return (
         evaluate is not None
         and step > run.warm_up_steps
+        and config.train.evaluate_every
         and step % config.train.evaluate_every == 0
       )
 
@@ -303,6 +304,7 @@ def train(
       if (
         show_mined is not None
         and step >= run.warm_up_steps
+        and config.train.images_every
         and (done % config.train.images_every == 0 or done == run.last_step)
       ):
         pictures = show_mined(

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jtsm_jax.console import say
-from jtsm_jax.train import build, cost, feature_cache, setup
+from jtsm_jax.train import build, cost, feature_cache, fields, setup
 from jtsm_jax.train.setup import Setup
 from jtsm_jax.train.sharding import replicated
 from jtsm_jax.types import Batch, InputError, PseudoMasks
@@ -209,7 +209,7 @@ def _shared_remedies(run: Setup, *, learns: bool) -> list[str]:
 
 
 def _largest_canvas(config: ml_collections.ConfigDict) -> tuple[int, int]:
-  return max(build.canvases(config, "data"), key=math.prod)
+  return max(fields.canvases(config, "data"), key=math.prod)
 
 
 def _largest_batch(run: Setup, batch_size: int) -> Batch:

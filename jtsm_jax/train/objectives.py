@@ -328,7 +328,20 @@ def branch_loss(
   *,
   counts: BranchCounts,
 ) -> tuple[jax.Array, Metrics]:
-  """L_IS + L_SS of a batch, or the share of a part; absent branches add 0."""
+  """L_IS + L_SS of a batch, or the share of a part of it.
+
+  Args:
+    model: the model.
+    variables: what `model.apply` takes.
+    batch: the examples; features, or images, are read.
+    targets: of the same examples.
+    counts: of the whole batch.
+
+  Returns:
+    The loss, a float32 scalar of at least 0, to which absent branches add 0;
+    and the terms of those that there are, "loss/instance" and "loss/semantic".
+    Both sum up over the parts of a batch.
+  """
   features = model.apply(variables, batch, method="features")
   loss = jnp.zeros(())
   metrics = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,13 +17,14 @@ import jax
 import ml_collections
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from jtsm_jax.data.pipeline import make_pipeline
 from jtsm_jax.data.prepared import PreparedData, RecordSource
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.proposals.store import ProposalStore
-from jtsm_jax.train import build, checkpoints
+from jtsm_jax.train import build, checkpoints, fields
 from jtsm_jax.train import step as step_parts
 from jtsm_jax.train.calibrate import calibrate
 from jtsm_jax.train.objectives import LossSettings, MiningSettings
@@ -35,6 +37,9 @@ from jtsm_jax.train.sharding import (
 from jtsm_jax.train.state import TrainState, create_state, initial_variables
 from jtsm_jax.train.warm_up import make_tag_step
 from jtsm_jax.types import Batch, Mined
+
+BACKBONE = "(params|batch_stats)/extractor/backbone/"
+"""Pattern of the paths of its variables."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +215,7 @@ def _batches(
     source,
     store,
     seed=config.seed,
-    canvases=build.canvases(config, "data"),
+    canvases=fields.canvases(config, "data"),
     batch_size=phase.batch_size,
     max_proposals=config.proposals.max_proposals,
     max_superpixels=config.proposals.num_superpixels,
@@ -229,13 +234,20 @@ def _batches(
 
 
 def first_variables(setup: Setup) -> dict[str, Any]:
-  """What `model.apply` takes: random, pretrained, or from another run."""
+  """What `model.apply` takes: random, pretrained, or from another run.
+
+  Raises:
+    InputError: see `build.load_pretrained` and `checkpoints.weights_from`.
+  """
   config = setup.config
+  pretrained = build.load_pretrained(
+    config,
+    setup.workdir / "weights",
+    backbone_anew=_starts_anew(setup, BACKBONE),
+    neck_anew=_starts_anew(setup, "params/neck/"),
+  )
   variables = initial_variables(
-    setup.key,
-    setup.model,
-    setup.example,
-    pretrained=build.load_pretrained(config, setup.workdir / "weights"),
+    setup.key, setup.model, setup.example, pretrained=pretrained
   )
   if config.train.init_from:
     variables = checkpoints.weights_from(
@@ -246,6 +258,21 @@ def first_variables(setup: Setup) -> dict[str, Any]:
   return variables
 
 
+def _starts_anew(setup: Setup, part: str) -> bool:
+  """Whether any array of a part of the model is not another run's.
+
+  Args:
+    setup: the run.
+    part: a pattern of paths; False where the model has no such part.
+  """
+  c = setup.config.train
+  return any(
+    not c.init_from or checkpoints.is_skipped(name, tuple(c.init_skip))
+    for name in map("/".join, flatten_dict(setup.abstract))
+    if re.match(part, name)
+  )
+
+
 def begin(setup: Setup, variables: Any, step: int) -> TrainState:
   """Enters the phase of `step`: calibrates, and places the state.
 
@@ -254,18 +281,47 @@ def begin(setup: Setup, variables: Any, step: int) -> TrainState:
     variables: what `model.apply` takes, whole, on this host.
     step: 0, or the first one of the mining.
   """
-  c = setup.config.train
-  if step == setup.warm_up_steps and not build.keeps_constants(setup.config):
-    batches = _batches(
-      setup.config, setup.source, setup.store, step, whole=True
-    )
-    count = min(-(-c.calibration_images // c.batch_size), c.steps)
-    batches = [next(batches) for _ in range(count)]
-    seed = setup.config.seed
-    variables = jax.device_put(variables)  # once, not with every batch
-    variables = calibrate(setup.model, variables, batches, seed=seed)
+  if step == setup.warm_up_steps:
+    variables = _calibrated(setup, variables)
   state = jax.device_get(_new_state(setup, variables, step))
   return place(state, shardings(setup, step))
+
+
+def _calibrated(setup: Setup, variables: Any) -> Any:
+  """Sets the constants that are not another run's, or no more fit what is."""
+  anew = functools.partial(_starts_anew, setup)
+  # Each is computed from what the one before has made.
+  backbone = setup.warm_up_steps > 0 or anew(BACKBONE)
+  projection = backbone or anew("constants/extractor/")
+  center = projection or anew("constants/")
+  if "constants" not in setup.abstract or not center:
+    return variables
+  return calibrate(
+    setup.model,
+    jax.device_put(variables),  # once, not with every batch
+    _calibration_batches(setup),
+    seed=setup.config.seed,
+    projection=projection,
+  )
+
+
+def _calibration_batches(setup: Setup) -> list[Batch]:
+  """The first images of the mining, so many at a time as a device has."""
+  c = setup.config.train
+  batches = _batches(
+    setup.config, setup.source, setup.store, setup.warm_up_steps, whole=True
+  )
+  size = c.batch_size // c.accumulation // setup.mesh.shape["data"]
+  left = min(c.calibration_images, c.steps * c.batch_size)
+  parts = []
+  while left:
+    batch = next(batches)
+    count = min(left, c.batch_size)
+    for start in range(0, count, size):
+      rows = slice(start, min(start + size, count))
+      parts.append(jax.tree.map(lambda x, rows=rows: x[rows], batch))
+    left -= count
+  return parts
 
 
 def _new_state(setup: Setup, variables: Any, step: int) -> TrainState:

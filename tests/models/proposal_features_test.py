@@ -150,6 +150,11 @@ def test_unknown_options_are_named(option):
     jax.eval_shape(lambda: _apply(**option))
 
 
+def test_a_part_without_an_exponent_is_not_dropped():
+  with pytest.raises(ValueError, match="zip"):
+    jax.eval_shape(lambda: _apply(average=True, size_exponents=(0.25,)))
+
+
 def test_areas_and_shares_leave_padding_out():
   found = superpixel_areas(jnp.array(BATCH.superpixels[0]), tiny.S)
   counts = [(BATCH.superpixels[0] == s).sum() for s in range(tiny.S)]

@@ -13,7 +13,7 @@ from configs import ablations, base, variants
 from jtsm_jax.backbones import pretrained
 from jtsm_jax.backbones.resnet_ws import ResNetWS
 from jtsm_jax.modes.trained import prediction_settings
-from jtsm_jax.train import build
+from jtsm_jax.train import build, fields
 from jtsm_jax.types import Batch, Categories, Category, InputError
 
 CATEGORIES = Categories(
@@ -65,6 +65,7 @@ def _params(config):
 def test_every_configuration_builds(names):
   file, *arguments = names
   config = importlib.import_module(f"configs.{file}").get_config(*arguments)
+  fields.check_schedule(config)
   model, params = _params(config)
   has_instance = config.instance.enabled and config.task != "detection"
   has_semantic = config.semantic.enabled and config.task == "panoptic"
@@ -143,40 +144,10 @@ def test_branches_without_classes_are_left_out():
   assert build.build_model(config, stuff).instance is None
 
 
-@pytest.mark.parametrize(
-  ("field", "value", "message"),
-  [
-    (
-      "backbone.name",
-      "vgg16",
-      "'vgg16'.*'resnet_ws', 'resnet', 'efficientnet_lite0'",
-    ),
-    ("backbone.outputs", ("res5", "res6"), "res6.*: res2, res3, res4, res5"),
-    ("backbone.outputs", ("stem",), "stem.*: res2, res3, res4, res5"),
-    ("backbone.outputs", (), "outputs"),
-    ("backbone.freeze", "res9", "'res9'.*stem, res2, res3, res4, res5"),
-    ("backbone.stride", 32, "stride is 32; resnet_ws has one of 8, 16"),
-    ("evaluation.show_present", True, r"show_present.*calibrate=True"),
-    ("backbone.pretrained", "coco", r"'coco'.*resnet_ws.*'imagenet'"),
-    ("backbone.pretrained", "imagenet", r"'imagenet'.* weights for resnet_ws"),
-    ("backbone.pretrained", "w.npz", r"w.npz.*\.pkl or \.pth or \.safetensors"),
-    ("data.crop", 0.0, r"crop is 0.0; wanted a share .* \(0, 1\]"),
-    ("data.crop", 1.5, "crop is 1.5"),
-    ("evaluation.proposal_block", 12, "block is 12; wanted a multiple of 8"),
-    ("train.proposal_block", -8, r"train\.proposal_block is -8; wanted a mult"),
-    ("train.memory_gib", -1.0, "memory_gib is -1.0; wanted a device's memory"),
-    ("data.colour_factor", 0.5, "colour_factor is 0.5; .* at least 1"),
-    ("proposals.num_superpixels", 32768, "is 32768; wanted 1 to 32767"),
-    *[
-      (field, 34 if "depth" in field else "other", f"{field} is .*wanted one")
-      for field in build.CHOICES
-    ],
-  ],
-)
-def test_unknown_values_are_input_errors(field, value, message):
+def test_no_model_is_built_of_unknown_fields():
   config = base.get_config()
-  config.update_from_flattened_dict({field: value})
-  with pytest.raises(InputError, match=message):
+  config.backbone.name = "vgg16"
+  with pytest.raises(InputError, match="vgg16"):
     build.build_model(config, CATEGORIES)
 
 
@@ -187,15 +158,21 @@ def test_weights_are_of_the_kind_that_a_backbone_takes(tmp_path):
   with pytest.raises(InputError, match=r"w\.pkl.* for resnet\. .*\.pth or"):
     build.load_pretrained(config, tmp_path)
   config.backbone.pretrained = "w.pth"
-  build.check_fields(config)  # a trained model does without the file
+  fields.check_fields(config)  # a trained model does without the file
   with pytest.raises(InputError, match=r"cannot read the weights w\.pth"):
     build.load_pretrained(config, tmp_path)
+  # Where another run has all that it would give, it need not be there.
+  anew = {"backbone_anew": False, "neck_anew": False}
+  assert build.load_pretrained(config, tmp_path, **anew) is None
+  for part in anew:
+    with pytest.raises(InputError, match="cannot read the weights"):
+      build.load_pretrained(config, tmp_path, **anew | {part: True})
   for field, value in (("width", 0.5), ("norm", "group")):
     config = base.get_config()
     config.backbone.pretrained = "w.pth"
     config.backbone[field] = value
     with pytest.raises(InputError, match=rf"{field} is .*{value}.*weights are"):
-      build.check_fields(config)
+      fields.check_fields(config)
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +262,9 @@ def test_a_neck_that_does_not_fit_is_told(
   assert set(found["params"]) == {"extractor"}
   (line,) = capsys.readouterr().out.splitlines()
   assert re.search(message, line)
+  if "starts at random" in message:
+    build.load_pretrained(config, tmp_path, neck_anew=False)
+    assert not capsys.readouterr().out
 
 
 def test_weights_without_a_neck_are_told(tmp_path, monkeypatch, capsys):
@@ -379,39 +359,42 @@ def test_every_part_of_the_model_learns():
   assert all(np.all(update) for update in jax.tree.leaves(updates))
 
 
-@pytest.mark.parametrize("backbone", build.STAGES)
+def test_norms_of_a_network_without_a_choice_of_them_learn_with_it():
+  config = base.get_config()
+  config.backbone.name, config.backbone.outputs = (
+    "efficientnet_lite0",
+    ("head",),
+  )
+  config.backbone.freeze = "none"
+  moving = {}
+  for norm in ("frozen", "batch"):  # both ResNets' alone
+    config.backbone.norm = norm
+    _, shapes = _params(config)
+    shapes = {"extractor": shapes["extractor"]}
+    params = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes)
+    optimizer = build.main_optimizer(config, params)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    moving[norm] = jax.tree.map(lambda update: bool(np.all(update)), updates)
+  assert all(jax.tree.leaves(moving["batch"]))
+  assert moving["frozen"] == moving["batch"]
+
+
+@pytest.mark.parametrize("backbone", fields.STAGES)
 def test_stages_share_out_the_parameters(backbone):
   config = base.get_config()
   config.backbone.name = backbone
-  config.backbone.outputs = tuple(build.STAGES[backbone])[-1:]
+  config.backbone.outputs = tuple(fields.STAGES[backbone])[-1:]
   _, params = _params(config)
-  stages = build.STAGES[config.backbone.name]
+  stages = fields.STAGES[config.backbone.name]
   for layer in params["extractor"]["backbone"]:
     hits = [s for s, start in stages.items() if re.match(start, f"{layer}/")]
     assert len(hits) == 1, (layer, hits)
-
-
-@pytest.mark.parametrize("value", [7, (), ((64,),), ((64, 60),), ((0, 64),)])
-def test_canvases_that_are_none_are_named(value):
-  config = base.get_config()
-  with config.unlocked():
-    config.data = {"canvases": value}
-  with pytest.raises(
-    InputError, match=r"config\.data\.canvases.*multiples of 8"
-  ):
-    build.canvases(config, "data")
-
-
-def test_canvases_are_plain_pairs():
-  config = base.get_config()
-  with config.unlocked():
-    config.data = {"canvases": [[64, 96], (96, 64)]}
-  assert build.canvases(config, "data") == ((64, 96), (96, 64))
 
 
 def test_a_backbone_that_would_stay_random_is_refused(tmp_path):
   config = base.get_config()
   with pytest.raises(InputError, match=r"backbone.*stays random"):
     build.load_pretrained(config, tmp_path)
+  assert build.load_pretrained(config, tmp_path, backbone_anew=False) is None
   config.warm_up.steps = 1
   assert build.load_pretrained(config, tmp_path) is None

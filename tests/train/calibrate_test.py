@@ -80,6 +80,24 @@ def test_centred_proposals_have_zero_mean_and_unit_spread():
     assert part.var(0).mean() == pytest.approx(1, rel=1e-3)
 
 
+def test_parts_of_a_batch_give_the_same():
+  model = tiny.make_model(
+    outputs=("coarse", "fine"), projection=3, center=True, average=True
+  )
+  variables = _variables(model)
+  parts = [
+    jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
+    for batch in BATCHES
+    for i in range(2)
+  ]
+  whole = calibrate(model, variables, BATCHES, seed=0)["constants"]
+  found = calibrate(model, variables, parts, seed=0)["constants"]
+  for name, value in tiny.paths(whole).items():
+    np.testing.assert_allclose(
+      tiny.paths(found)[name], value, rtol=1e-4, atol=1e-4, err_msg=name
+    )
+
+
 def test_paper_model_has_nothing_to_calibrate():
   model = tiny.make_model()
   variables = _variables(model)

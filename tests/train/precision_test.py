@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 
 from configs import base
 from jtsm_jax.models.neck_and_heads import MiningHeads
-from jtsm_jax.train import build, objectives, step, warm_up
+from jtsm_jax.train import build, fields, objectives, step, warm_up
 from jtsm_jax.train.cost import peak_bytes
 from jtsm_jax.train.state import TrainState
 from jtsm_jax.types import Categories, Category
@@ -115,7 +115,7 @@ def _operands(jaxpr):
 def _model(name, precision):
   config = base.get_config()
   config.backbone.name = name
-  config.backbone.outputs = tuple(build.STAGES[name])[-1:]
+  config.backbone.outputs = tuple(fields.STAGES[name])[-1:]
   config.neck.widths = (24, 24)
   config.train.precision = precision
   categories = Categories(
@@ -125,7 +125,7 @@ def _model(name, precision):
   return model, jax.eval_shape(model.init, KEY, BATCH)
 
 
-@pytest.mark.parametrize("name", build.STAGES)
+@pytest.mark.parametrize("name", fields.STAGES)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_what_computes_in_which_precision(name, precision):
   model, variables = _model(name, precision)

@@ -1,0 +1,147 @@
+"""What a run begins with: weights of another one, and constants for them."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jtsm_jax import run
+from jtsm_jax.data.prepare import prepare
+from jtsm_jax.data.prepared import open_prepared
+from jtsm_jax.data.shapes import shapes_source
+from jtsm_jax.train import checkpoints, setup
+from jtsm_jax.types import InputError
+from tests.configs import tiny
+from tests.tiny import paths
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  """A function that sets up a run, on data of its own."""
+  root = tmp_path_factory.mktemp("setup")
+  prepare(shapes_source(seed=0, num_train=6, num_val=1, side=64), root / "data")
+  data = open_prepared(root / "data")
+
+  def function(**fields):
+    config = tiny.get_config("frozen")
+    config.data.prepared = str(root / "data")
+    config.proposals.store = str(root / "proposals")
+    config.warm_up.steps = 0
+    config.backbone.freeze = "none"
+    config.train.calibration_images = 4
+    config.update_from_flattened_dict(fields)
+    store = run.propose(config, root / "workdir", data)
+    return setup.set_up(config, root / "workdir", data=data, store=store)
+
+  return function
+
+
+@pytest.fixture(scope="module")
+def other(made, tmp_path_factory):
+  """(checkpoints, their arrays by path) of a run that others begin with."""
+  folder = tmp_path_factory.mktemp("other") / "checkpoints"
+  first = made()
+  state = jax.device_get(setup.begin(first, setup.first_variables(first), 0))
+  # No calibration gives these.
+  state.model_state["constants"] = jax.tree.map(
+    lambda x: x + np.float32(0.1), state.model_state["constants"]
+  )
+  with checkpoints.open_checkpoints(folder) as manager:
+    checkpoints.save(manager, state, [], config={})
+  return folder, paths(state.variables)
+
+
+CENTER = ("constants/proposal_features/",)
+PROJECTION = ("constants/extractor/",)
+
+
+@pytest.mark.parametrize(
+  ("fields", "kept"),
+  [
+    ({}, PROJECTION + CENTER),
+    (
+      {
+        "pooling.output_size": (3, 3),
+        "train.init_skip": ("params/neck/fc1/", *CENTER),
+      },
+      PROJECTION,
+    ),
+    # The mean of the proposals is that of the projected features.
+    ({"train.init_skip": PROJECTION}, ()),
+    ({"train.init_skip": ("params/extractor/backbone/res5_1/",)}, ()),
+    ({"warm_up.steps": 2}, ()),
+  ],
+)
+def test_constants_are_the_other_runs_or_computed(made, other, fields, kept):
+  folder, theirs = other
+  first = made(**{"train.init_from": str(folder), **fields})
+  step = first.warm_up_steps
+  state = setup.begin(first, setup.first_variables(first), step)
+  found = paths(state.variables)
+  for part in (*PROJECTION, *CENTER):
+    for name in found:
+      if name.startswith(part):
+        same = np.array_equal(found[name], theirs[name])
+        assert same == (part in kept), name
+  if CENTER[0] in kept:
+    return
+  pool = jax.jit(
+    functools.partial(
+      first.model.apply, method=lambda m, b: m.pool(m.features(b), b)
+    )
+  )
+  batches = setup.batches_from(first, step)
+  described = []
+  for batch in (next(batches), next(batches)):  # 4 images
+    (part,) = pool(state.variables, batch)
+    described.append(np.asarray(part)[batch.valid])
+  described = np.concatenate(described)
+  assert described.std() > 0  # the projection is not all zero
+  constants = state.variables["constants"]["proposal_features"]
+  np.testing.assert_allclose(
+    constants["mean_0"], described.mean(0), rtol=1e-4, atol=1e-4
+  )
+  spread = np.sqrt(described.var(0).mean())
+  np.testing.assert_allclose(constants["scale_0"], spread, rtol=1e-3)
+
+
+def test_a_backbone_of_another_run_does_not_stay_random(made, other):
+  fields = {"train.init_from": str(other[0]), "backbone.freeze": "all"}
+  found = paths(setup.first_variables(made(**fields)))
+  for name, value in other[1].items():
+    np.testing.assert_array_equal(found[name], value)
+  skips = {"train.init_skip": ("params/extractor/backbone/",)}
+  with pytest.raises(InputError, match="stays random"):
+    setup.first_variables(made(**fields, **skips))
+
+
+def test_calibration_takes_what_a_device_has_in_a_step(made, monkeypatch):
+  taken = []
+
+  def calibrate(model, variables, batches, **_):
+    taken[:] = batches
+    return variables
+
+  monkeypatch.setattr(setup, "calibrate", calibrate)
+  monkeypatch.setattr(setup, "_new_state", lambda run, variables, step: ())
+  monkeypatch.setattr(setup, "shardings", lambda run, step: ())
+
+  def shown(**fields):
+    first = made(**fields)
+    setup.begin(first, None, 0)
+    wanted = [i for b in setup.batches_from(first, 0) for i in b.image_index]
+    found = [i for batch in taken for i in batch.image_index]
+    assert found == wanted[: len(found)]
+    assert all(
+      len(x) == len(b.valid) for b in taken for x in jax.tree.leaves(b)
+    )
+    return [len(batch.valid) for batch in taken]
+
+  # As many as before where that many fill whole batches.
+  assert shown(**{"train.calibration_images": 6}) == [2, 2, 2]
+  # 5 of 16 images, 2 at a time.
+  sizes = {"train.batch_size": 16, "train.accumulation": 8}
+  assert shown(**sizes, **{"train.calibration_images": 5}) == [2, 2, 1]
+  # No more than there are.
+  assert shown(**{"train.calibration_images": 64, "train.steps": 4}) == [2] * 4
