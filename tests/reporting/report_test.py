@@ -76,7 +76,7 @@ def make_prediction(data, n, *, index):
     index=index,
     panoptic=predicted(data.splits["val"].target(n), n),
     detections=Detections(
-      *(np.zeros((0, *s)) for s in ((), (), (), (4,), (64, 64)))
+      *(np.zeros((0, *s)) for s in ((), (), (), (4,))), size=(64, 64)
     ),
     scores=scores,
     image_scores=np.zeros(len(data.categories), np.float32),
