@@ -245,9 +245,11 @@ class Detections:
     proposal: [N] int32, the proposal each one comes from.
     category: [N] int32 class index.
     score: [N] float32.
-    boxes: [N, 4] int32, of the proposals, pixels of the original image. The
-      masks lie inside, unless their outlines follow the colours, and need not
-      reach to the sides.
+    boxes: [N, 4] int32, of the proposals, pixels of the original image; AP of
+      boxes and CorLoc compare these. The masks lie inside, unless their
+      outlines follow the colours, and need not reach to the sides: files of
+      predictions have the tight boxes of the masks, which are the same ones
+      where the masks are the proposals' own (the task "detection").
     size: (H, W) of the image, pixels.
     rles: N masks as COCO's compressed run lengths (`counts`): 100 masks of a
       photograph as arrays would fill the memory. () before they are made.

@@ -55,8 +55,8 @@ class PredictionSettings:
       proposals; 1 takes the branch alone (paper).
     show_present: the scores of a thing that the image shows, by the threshold
       of its image score, are raised so that the best one reaches
-      `fusion.instance_score`. Only what covers it can then keep it out of the
-      panoptic map.
+      `fusion.instance_score`. What covers it can still keep it out of the
+      panoptic map, and so can a mask that is below 0.5 everywhere.
     outline_rounds: of GrabCut, which makes the outlines of detections follow
       the colours of the image; of those that reach `fusion.instance_score`.
       0 = none (paper).

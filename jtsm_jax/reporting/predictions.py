@@ -6,7 +6,7 @@
     FOLDER/overlays/NAME.jpg    to look at
     FOLDER/panoptic.json        COCO panoptic, of all images
     FOLDER/instances.json       COCO results: masks as run lengths, scores
-    FOLDER/detections.json      COCO results: boxes, scores
+    FOLDER/detections.json      COCO results: boxes of those masks, scores
     FOLDER/classes.json         the classes in the order of their indices
 
 An image whose record was made with the same weights and settings from the same
