@@ -234,12 +234,14 @@ def random_instances(rng) -> tuple[Detections, Instances]:
   )
   keep = np.arange(count) % 4 != 1
   score = np.sort(rng.random(keep.sum()))[::-1].astype(np.float32)
+  found = np.asfortranarray(masks[keep].transpose(1, 2, 0))
   detections = Detections(
     proposal=np.arange(keep.sum()),
     category=kinds[keep],
     score=score,
     boxes=boxes[keep],
-    masks=masks[keep].astype(bool),
+    size=size,
+    rles=tuple(r["counts"] for r in mask_utils.encode(found)),
   )
   return detections, objects
 

@@ -245,15 +245,22 @@ class Detections:
     proposal: [N] int32, the proposal each one comes from.
     category: [N] int32 class index.
     score: [N] float32.
-    boxes: [N, 4] int32, pixels of the original image.
-    masks: [N, H, W] bool.
+    boxes: [N, 4] int32, of the proposals, pixels of the original image; AP of
+      boxes and CorLoc compare these. The masks lie inside, unless their
+      outlines follow the colours, and need not reach to the sides: files of
+      predictions have the tight boxes of the masks, which are the same ones
+      where the masks are the proposals' own (the task "detection").
+    size: (H, W) of the image, pixels.
+    rles: N masks as COCO's compressed run lengths (`counts`): 100 masks of a
+      photograph as arrays would fill the memory. () before they are made.
   """
 
   proposal: np.ndarray
   category: np.ndarray
   score: np.ndarray
   boxes: np.ndarray
-  masks: np.ndarray
+  size: tuple[int, int]
+  rles: tuple[bytes, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

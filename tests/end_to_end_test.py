@@ -132,6 +132,7 @@ def test_a_run_evaluates_every_class(finished):
   workdir, out, _ = finished
   metrics = json.loads((workdir / "evaluation" / "metrics.json").read_text())
   assert metrics["step"] == LAST_STEP
+  assert metrics["settings"]["nms_iou"] == 0.5
   for group, classes in (("all", 12), ("things", 8), ("stuff", 4)):
     assert {"pq", "sq", "rq", "n"} <= metrics[group].keys()
     assert 0 < metrics[group]["n"] <= classes
@@ -362,7 +363,15 @@ def test_predict_a_folder(finished, run, tmp_path):
   # Once more: nothing is left to do, and nothing changes.
   before = {p: p.stat().st_mtime_ns for p in results.rglob("*.*")}
   (images / "broken.jpg").unlink()
-  out, err = run(finished[0], "--mode=predict", f"--input={images}")
+  out, err = run(
+    finished[0],
+    "--mode=predict",
+    f"--input={images}",
+    "--config.evaluation.batch_size=1",
+    "--config.evaluation.pictures=2",
+    "--config.evaluation.proposal_block=8",
+    "--config.evaluation.voc_metric=11point",
+  )
   assert "predict: 3 images, 3 of them done" in out
   assert "propose" not in err
   after = {p: p.stat().st_mtime_ns for p in results.rglob("*.*")}
@@ -370,6 +379,26 @@ def test_predict_a_folder(finished, run, tmp_path):
     results / f"{name}.json"
     for name in ("panoptic", "instances", "detections", "classes")
   }
+
+
+def test_other_weights_of_the_same_step(finished, run, fault, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[0], workdir)
+  Image.new("RGB", (40, 30), (80, 90, 20)).save(tmp_path / "a.png")
+  predict = "--mode=predict", f"--input={tmp_path / 'a.png'}"
+  run(workdir, *predict)
+  shutil.rmtree(workdir / "checkpoints")
+  (workdir / "metrics.jsonl").unlink()
+  run(workdir, "--mode=train", "--config.seed=1", NEVER)
+  assert last_checkpoint(workdir) == LAST_STEP
+  seed = "--config.seed=1"
+  assert "calibration.json was made with" in fault(workdir, *predict, seed)
+  shutil.copy(workdir / "evaluation" / "metrics.json", tmp_path)
+  run(workdir, "--mode=evaluate", seed)
+  out, _ = run(workdir, *predict, seed)
+  assert "predict: 1 images, 0 of them done" in out
+  shutil.copy(tmp_path / "metrics.json", workdir / "evaluation")
+  assert "other weights of step" in fault(workdir, "--mode=report", seed)
 
 
 def test_predict_a_pattern_or_an_image(finished, run, tmp_path):

@@ -105,8 +105,8 @@ def save_calibration(
     path: the file.
     calibration: to write.
     categories: the classes.
-    made_with: what it holds for: the step of the weights and the settings of
-      the scores, as JSON knows them.
+    made_with: what it holds for: step and hash of the weights, and the settings
+      of the scores, as JSON knows them.
   """
   rows = {
     name: {"tag_threshold": float(t), "score_scale": float(s)}
@@ -136,7 +136,8 @@ def load_calibration(
   try:
     content = json.loads(path.read_text())
     rows = content["classes"]
-    if content["made_with"] != made_with:
+    # Calibrations of older versions do not tell the weights' hash.
+    if {"weights": made_with["weights"]} | content["made_with"] != made_with:
       raise InputError(
         f"{path} was made with {content['made_with']}, wanted {made_with}; "
         + remedy

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from jtsm_jax.data.run_lengths import decode_mask
 from jtsm_jax.types import VOID, Detections, PanopticMap, Segment
 
 
@@ -47,11 +48,12 @@ def fuse(
   """
   ids = np.full(stuff.shape, VOID, np.int32)
   segments = []
-  for category, score, mask in zip(
-    detections.category, detections.score, detections.masks, strict=True
+  for category, score, rle in zip(
+    detections.category, detections.score, detections.rles, strict=True
   ):
     if score < settings.instance_score:
       continue
+    mask = decode_mask(rle, detections.size)
     free = mask & (ids == VOID)
     area = int(free.sum())
     if area == 0 or area < (1 - settings.instance_overlap) * mask.sum():

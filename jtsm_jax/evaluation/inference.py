@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import cv2
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -193,7 +192,7 @@ def detect(
     settings: see there.
 
   Returns:
-    Detections with the proposals' own masks.
+    Detections without masks; those of the proposals are their own.
   """
   areas = np.bincount(
     proposals.superpixels.ravel(), minlength=len(proposals.member_bits)
@@ -230,31 +229,8 @@ def detect(
     category=category,
     score=scores[index, category].astype(np.float32),
     boxes=proposals.boxes[index],
-    masks=proposals.membership[index][:, proposals.superpixels],
+    size=proposals.superpixels.shape,
   )
-
-
-def paste_masks(
-  probabilities: np.ndarray, boxes: np.ndarray, size: tuple[int, int]
-) -> np.ndarray:
-  """Puts box masks into the image.
-
-  Args:
-    probabilities: [N, m, m] float32 in [0, 1].
-    boxes: [N, 4] int32, image pixels.
-    size: (H, W) of the image.
-
-  Returns:
-    [N, H, W] float32 probabilities, 0 outside each box.
-  """
-  pasted = np.zeros((len(boxes), *size), np.float32)
-  for canvas, mask, (y0, x0, y1, x1) in zip(
-    pasted, probabilities, boxes, strict=True
-  ):
-    canvas[y0:y1, x0:x1] = cv2.resize(
-      mask, (int(x1 - x0), int(y1 - y0)), interpolation=cv2.INTER_LINEAR
-    )
-  return pasted
 
 
 def superpixel_votes(scores: np.ndarray, proposals: Proposals) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 from pycocotools import coco, cocoeval
 from pycocotools import mask as mask_utils
 
+from jtsm_jax.data.run_lengths import read_runs
 from jtsm_jax.evaluation.average_precision import (
   MatchedImage,
   check_image,
@@ -88,7 +89,7 @@ class InstanceAP:
     mine, truth = [None] * len(detections.score), [None] * len(instances.area)
     if self.kind == "segm":
       mine, truth = _run_lengths(image_id, detections, instances)
-      size = list(detections.masks.shape[1:])
+      size = list(detections.size)
     found = [
       {"category_id": int(c) + 1, "score": float(s)}
       | ({"bbox": _xywh(box)} if rle is None else {"segmentation": rle})
@@ -320,11 +321,10 @@ def _run_lengths(
   image_id: str, detections: Detections, instances: Instances
 ) -> tuple[list[dict], list[dict]]:
   """Both sides' masks as COCO's compressed run lengths."""
-  masks = detections.masks
-  if masks.ndim != 3 or len(masks) != len(detections.score):
+  if len(detections.rles) != len(detections.score):
     raise ValueError(
-      f"the detections of image {image_id!r} have masks of the shape"
-      f" {masks.shape}, wanted ({len(detections.score)}, height, width)"
+      f"image {image_id!r} has {len(detections.rles)} masks for"
+      f" {len(detections.score)} detections; mask AP needs a mask of each"
     )
   if len(instances.rles) != len(instances.category):
     raise ValueError(
@@ -332,40 +332,17 @@ def _run_lengths(
       f" {len(instances.category)} objects; mask AP needs ground truth with"
       " masks"
     )
-  height, width = masks.shape[1:]
+  height, width = detections.size
   for counts in instances.rles:
-    pixels = _num_pixels(counts)
+    pixels = read_runs(counts).sum()
     if pixels != height * width:
       raise ValueError(
         f"a mask in the ground truth of image {image_id!r} has {pixels} pixels,"
         f" the detections' masks have {height} x {width}: predict in the"
         " image's own size"
       )
-  columns = np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8))
-  rles = mask_utils.encode(columns) if len(masks) else []
-  size = [height, width]
-  return (
-    [{"size": size, "counts": rle["counts"].decode()} for rle in rles],
-    [{"size": size, "counts": counts.decode()} for counts in instances.rles],
+  mine, truth = (
+    [{"size": [height, width], "counts": rle.decode()} for rle in side.rles]
+    for side in (detections, instances)
   )
-
-
-def _num_pixels(counts: bytes) -> int:
-  """The sum of compressed run lengths, foreground and background.
-
-  COCO's format: five bits a character, the sixth says that more follow, the
-  last one of a number carries its sign; from the fourth number on it is the
-  difference to the last but one.
-  """
-  code = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
-  is_last = (code & 32) == 0
-  number = np.cumsum(is_last) - is_last  # which number a character is of
-  start = np.flatnonzero(np.append(True, is_last[:-1]))[: len(code)]
-  shift = 5 * (np.arange(len(code)) - start[number])
-  values = np.add.reduceat((code & 31) << shift, start) if len(code) else code
-  negative = is_last & ((code & 16) != 0)
-  values[number[negative]] -= 1 << (shift[negative] + 5)
-  runs = values.copy()
-  runs[1::2] = np.cumsum(values[1::2])
-  runs[2::2] = np.cumsum(values[2::2])
-  return int(runs.sum())
+  return mine, truth

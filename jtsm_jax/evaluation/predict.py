@@ -18,6 +18,7 @@ from jtsm_jax.data.pipeline import (
   with_fallback,
 )
 from jtsm_jax.data.prepared import RecordSource
+from jtsm_jax.data.run_lengths import encode_mask
 from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.evaluation.class_calibration import (
   ClassCalibration,
@@ -28,12 +29,13 @@ from jtsm_jax.evaluation.inference import (
   DetectionSettings,
   Steps,
   detect,
-  paste_masks,
   superpixel_votes,
 )
 from jtsm_jax.evaluation.outlines import follow_colours
 from jtsm_jax.train.feature_cache import FeatureCache
-from jtsm_jax.types import Batch, Detections, PanopticMap
+from jtsm_jax.types import Batch, Detections, PanopticMap, Proposals
+
+_PIXELS_AT_A_TIME = 1 << 17  # of an image, with the scores of all classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +55,8 @@ class PredictionSettings:
       proposals; 1 takes the branch alone (paper).
     show_present: the scores of a thing that the image shows, by the threshold
       of its image score, are raised so that the best one reaches
-      `fusion.instance_score`. Only what covers it can then keep it out of the
-      panoptic map.
+      `fusion.instance_score`. What covers it can still keep it out of the
+      panoptic map, and so can a mask that is below 0.5 everywhere.
     outline_rounds: of GrabCut, which makes the outlines of detections follow
       the colours of the image; of those that reach `fusion.instance_score`.
       0 = none (paper).
@@ -164,6 +166,7 @@ def predict(
         index = int(views[0].batch.image_index[i])
         detections = _with_masks(
           detections,
+          proposals,
           box_masks[i] if box_masks is not None else None,
           source,
           index,
@@ -306,72 +309,88 @@ def _mean_box_masks(
 
 def _with_masks(
   detections: Detections,
+  proposals: Proposals,
   box_masks: np.ndarray | None,
   source: RecordSource,
   index: int,
   settings: PredictionSettings,
 ) -> Detections:
-  """Detections with their final masks in place of the proposals' own."""
-  probabilities = detections.masks.astype(np.float32)
-  if box_masks is not None:
-    pasted = paste_masks(box_masks, detections.boxes, probabilities.shape[1:])
-    probabilities += settings.mask_share * (pasted - probabilities)
-  masks = probabilities >= 0.5
-  (shown,) = np.nonzero(detections.score >= settings.fusion.instance_score)
-  if settings.outline_rounds and len(shown):
+  """Detections with their final masks, made one at a time in their boxes."""
+  follows = (detections.score >= settings.fusion.instance_score) & bool(
+    settings.outline_rounds
+  )
+  if follows.any():
     record = source[index]
     image = decode_image(record.image, name=record.image_id)
-    for n in shown:
-      masks[n] = follow_colours(
-        image, probabilities[n], rounds=settings.outline_rounds
+  rles = []
+  for n, (y0, x0, y1, x1) in enumerate(detections.boxes):
+    members = proposals.membership[detections.proposal[n]]
+    inside = members[proposals.superpixels[y0:y1, x0:x1]].astype(np.float32)
+    if box_masks is not None:
+      pasted = cv2.resize(
+        box_masks[n], inside.shape[::-1], interpolation=cv2.INTER_LINEAR
       )
-  return dataclasses.replace(detections, masks=masks)
+      inside += settings.mask_share * (pasted - inside)
+    mask, box = inside >= 0.5, detections.boxes[n]
+    if follows[n]:
+      whole = np.zeros(detections.size, np.float32)
+      whole[y0:y1, x0:x1] = inside
+      mask = follow_colours(image, whole, rounds=settings.outline_rounds)
+      box = (0, 0, *detections.size)
+    rles.append(encode_mask(mask, box, detections.size))
+  return dataclasses.replace(detections, rles=tuple(rles))
 
 
 def _stuff_map(scores, proposals, views, i, present, num_things, *, share):
   """The best stuff class of each pixel of image i of the views, its score."""
   votes = superpixel_votes(scores, proposals)
   votes = votes / np.maximum(votes.sum(1, keepdims=True), 1e-9)
-  stuff = votes[:, num_things:][proposals.superpixels]  # [H, W, stuff]
-  if views[0].semantic is not None and share > 0:
-    shape = proposals.superpixels.shape
-    probability = np.zeros(stuff.shape, np.float32)
-    for view in views:
-      shown = _to_image(
-        view.semantic[i, ..., 1:],
-        view.batch.size[i],
-        shape,
-        view.batch.superpixels.shape[1:],
-      )
-      mirrored = shown[:, ::-1] if view.batch.flip[i] else shown
-      probability += mirrored / len(views)
-    stuff = share * probability + (1 - share) * stuff
+  chosen = np.flatnonzero(present[num_things:])
   # A class of its own where there is nothing, or no stuff at all.
-  nothing = np.zeros((*stuff.shape[:2], 1), np.float32)
-  stuff = np.concatenate([nothing, stuff * present[num_things:]], axis=-1)
-  best = stuff.argmax(-1)
-  label = np.where(best > 0, best - 1 + num_things, -1)
-  return label.astype(np.int32), stuff.max(-1)
+  classes = np.concatenate([[-1], num_things + chosen]).astype(np.int32)
+  height, width = shape = proposals.superpixels.shape
+  label, score = np.empty(shape, np.int32), np.empty(shape, np.float32)
+  # All classes of a whole photograph would fill the memory.
+  step = max(_PIXELS_AT_A_TIME // width, 1)
+  for top in range(0, height, step):
+    rows = slice(top, min(top + step, height))
+    stuff = votes[:, num_things + chosen][proposals.superpixels[rows]]
+    if views[0].semantic is not None and share > 0:
+      probability = np.zeros(stuff.shape, np.float32)
+      for view in views:
+        shown = _to_image(
+          view.semantic[i][..., 1 + chosen],
+          view.batch.size[i],
+          shape,
+          view.batch.superpixels.shape[1:],
+          rows,
+        )
+        mirrored = shown[:, ::-1] if view.batch.flip[i] else shown
+        probability += mirrored / len(views)
+      stuff = share * probability + (1 - share) * stuff
+    nothing = np.zeros((*stuff.shape[:2], 1), np.float32)
+    stuff = np.concatenate([nothing, stuff], axis=-1)
+    label[rows] = classes[stuff.argmax(-1)]
+    score[rows] = stuff.max(-1)
+  return label, score
 
 
-def _to_image(grid, size, shape, canvas):
-  """Resizes the image's part of a canvas map [h, w, C] to the image."""
+def _to_image(grid, size, shape, canvas, rows):
+  """Resizes the image's part of a canvas map [h, w, C] to rows of the image."""
   stride = canvas[0] / grid.shape[0]
   # Without the cells that show no pixel of the image.
   grid = grid[: math.ceil(size[0] / stride), : math.ceil(size[1] / stride)]
   # Pixel centres of the image, in cells of the map.
-  y = (np.arange(shape[0]) + 0.5) * (size[0] / shape[0]) / stride - 0.5
+  y = np.arange(rows.start, rows.stop) + 0.5
+  y = y * (size[0] / shape[0]) / stride - 0.5
   x = (np.arange(shape[1]) + 0.5) * (size[1] / shape[1]) / stride - 0.5
-  mesh = np.meshgrid(x, y)
-  x, y = (m.astype(np.float32) for m in mesh)
-  layers = [
-    cv2.remap(
+  mesh = np.meshgrid(x.astype(np.float32), y.astype(np.float32))
+  image = np.empty((*mesh[0].shape, grid.shape[-1]), np.float32)
+  for k in range(grid.shape[-1]):
+    image[..., k] = cv2.remap(
       np.ascontiguousarray(grid[..., k]),
-      x,
-      y,
+      *mesh,
       cv2.INTER_LINEAR,
       borderMode=cv2.BORDER_REPLICATE,
     )
-    for k in range(grid.shape[-1])
-  ]
-  return np.stack(layers, -1)
+  return image

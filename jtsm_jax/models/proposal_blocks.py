@@ -68,7 +68,8 @@ def describe(
     (firsts, _blocks(batch, block)),
   )
   found = jnp.moveaxis(found, 0, 1)  # [B, blocks, block, D]
-  return found.reshape(len(found), -1, found.shape[-1])[:, :count]
+  # No len: in an export the number of images is a symbol.
+  return found.reshape(found.shape[0], -1, found.shape[-1])[:, :count]
 
 
 def _blocks(batch: Batch, size: int) -> dict[str, jax.Array]:

@@ -33,9 +33,11 @@ from jtsm_jax.evaluation.predict import (
 from jtsm_jax.evaluation.tables import final_table
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.modes.trained import (
-  calibration_key,
+  jsonable,
   prediction_settings,
+  score_settings,
   steps_of,
+  weights_key,
 )
 from jtsm_jax.proposals import store as stores
 from jtsm_jax.reporting import stages
@@ -57,6 +59,7 @@ def run_evaluation(
   step, variables = checkpoints.restore_variables(
     workdir / "checkpoints", averaged=config.evaluation.ema
   )
+  key = weights_key(step, variables)
   variables = jax.device_put(variables)  # once, not with every batch
   args = config, workdir, model, variables, data, store
   calibration = calibrate(*args)
@@ -65,7 +68,7 @@ def run_evaluation(
     workdir / "calibration.json",
     calibration,
     data.categories,
-    made_with=calibration_key(config, step),
+    made_with=key | score_settings(config),
   )
   if not has_truth_for_task(config, data):
     print("evaluate: there is no ground truth of validation images to compare")
@@ -86,7 +89,7 @@ def run_evaluation(
       data.categories,
       image=image,
       file_name=f"{name}.jpg",
-      made_with=calibration_key(config, step),
+      made_with=key | score_settings(config),
     )
     if config.evaluation.pictures and prediction.index % shown == 0:
       name, sheet = prediction_sheet(data, store, prediction)
@@ -109,9 +112,8 @@ def run_evaluation(
       data.categories,
     )
     result["corloc"] = corloc
-  write_metrics(
-    folder_ / "metrics.json", {"step": step, "split": "val"} | result
-  )
+  made_with = key | {"settings": jsonable(config.evaluation), "split": "val"}
+  write_metrics(folder_ / "metrics.json", made_with | result)
   print(final_table(result, corloc))
   print(f"\nfigures    {folder_ / 'metrics.json'}")
   print(f"predicted  {folder_ / 'predictions'}")

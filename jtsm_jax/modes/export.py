@@ -30,6 +30,7 @@ def export(config: Config, workdir: pathlib.Path) -> None:
     max_proposals=settings.max_proposals,
     max_superpixels=settings.max_superpixels,
     mil_share=config.evaluation.mil_share,
+    proposal_block=config.evaluation.proposal_block,
     description={
       "classes": categories.to_list(),
       "calibration": {

@@ -23,9 +23,9 @@ from jtsm_jax.evaluation.predict import predict
 from jtsm_jax.modes.data import prepared_directory
 from jtsm_jax.modes.proposals import fill_store_of, proposal_maker
 from jtsm_jax.modes.trained import (
-  jsonable,
   load_trained,
   prediction_settings,
+  result_settings,
   steps_of,
 )
 from jtsm_jax.proposals import store as stores
@@ -55,10 +55,10 @@ def predict_images(
   output = workdir / "predictions" / folder_name(place)
   maker = proposal_maker(config)
   trained = load_trained(config, workdir, categories)
-  settings = jsonable(config.evaluation) | {"proposals": maker.key}
+  settings = result_settings(config) | {"proposals": maker.key}
 
   def made_with(data: bytes) -> dict[str, Any]:
-    return {"step": trained.step, "image": digest(data), "settings": settings}
+    return trained.key | {"image": digest(data), "settings": settings}
 
   todo = {}
   for name, path in progress(files.items(), "look", unit="image"):

@@ -9,7 +9,12 @@ import ml_collections
 
 from jtsm_jax.data.prepared import PreparedData
 from jtsm_jax.evaluation.predict import predict
-from jtsm_jax.modes.trained import load_trained, prediction_settings, steps_of
+from jtsm_jax.modes.trained import (
+  jsonable,
+  load_trained,
+  prediction_settings,
+  steps_of,
+)
 from jtsm_jax.proposals import store as stores
 from jtsm_jax.reporting import report
 from jtsm_jax.reporting.mined_images import mine_images
@@ -42,7 +47,8 @@ def run_report(
       workdir,
       data,
       store,
-      step=trained.step,
+      weights=trained.key,
+      evaluation=jsonable(config.evaluation),
       predict=functools.partial(
         predict,
         steps_of(config, trained.model, trained.variables),

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from jtsm_jax.backbones.pretrained import weights_hash
 from jtsm_jax.evaluation.class_calibration import (
   ClassCalibration,
   load_calibration,
@@ -29,13 +30,13 @@ class Trained:
   """The newest weights of a run.
 
   Attributes:
-    step: after which they were saved.
+    key: which weights they are, see `weights_key`.
     model: that they belong to.
     variables: what `model.apply` takes, on the device.
     calibration: of the classes, for these weights.
   """
 
-  step: int
+  key: dict[str, Any]
   model: JTSM
   variables: Any
   calibration: ClassCalibration
@@ -53,15 +54,16 @@ def load_trained(
   step, variables = checkpoints.restore_variables(
     workdir / "checkpoints", averaged=config.evaluation.ema
   )
+  key = weights_key(step, variables)
   calibration = ClassCalibration.neutral(len(categories))
   if config.evaluation.calibrate:
     calibration = load_calibration(
       workdir / "calibration.json",
       categories,
-      made_with=calibration_key(config, step),
+      made_with=key | score_settings(config),
     )
   # On the device once, not with every batch.
-  return Trained(step, model, jax.device_put(variables), calibration)
+  return Trained(key, model, jax.device_put(variables), calibration)
 
 
 def steps_of(config: Config, model: JTSM, variables: Any) -> Steps:
@@ -102,11 +104,23 @@ def prediction_settings(config: Config) -> PredictionSettings:
   )
 
 
-def calibration_key(config: Config, step: int) -> dict[str, Any]:
-  """What a calibration depends on: the weights, and how scores are made."""
+def weights_key(step: int, variables: Any) -> dict[str, Any]:
+  """What tells weights from others, also from those of the same step."""
+  return {"step": step, "weights": weights_hash(variables)}
+
+
+def score_settings(config: Config) -> dict[str, Any]:
+  """What a calibration depends on beside the weights: how scores are made."""
   names = ("calibrate", "canvases", "ema", "flip", "mil_share")
-  values = {name: config.evaluation[name] for name in names}
-  return {"step": step} | jsonable(values)
+  return jsonable({name: config.evaluation[name] for name in names})
+
+
+def result_settings(config: Config) -> dict[str, Any]:
+  """`config.evaluation` without what changes no prediction."""
+  settings = jsonable(config.evaluation)
+  for name in ("batch_size", "pictures", "proposal_block", "voc_metric"):
+    del settings[name]
+  return settings
 
 
 def jsonable(values: Any) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def export_model(
   max_proposals: int,
   max_superpixels: int,
   mil_share: float,
+  proposal_block: int = 0,
   description: dict[str, Any],
 ) -> None:
   """Writes the inference of a trained model.
@@ -59,7 +60,7 @@ def export_model(
     canvases: (H, W) of the images, pixels; two functions for each.
     max_proposals: P.
     max_superpixels: S.
-    mil_share: see `inference.make_score_step`.
+    mil_share, proposal_block: see `inference.make_score_step`.
     description: what model.json is to tell beside the arguments.
   """
   flat = flax.traverse_util.flatten_dict(jax.device_get(variables), sep="/")
@@ -70,7 +71,9 @@ def export_model(
   }
   data = safetensors.numpy.save(weights)
   write_file(folder / "weights.safetensors", data)
-  score = make_score_step(model, mil_share=mil_share)
+  score = make_score_step(
+    model, mil_share=mil_share, proposal_block=proposal_block
+  )
   masks = make_mask_step(model) if model.instance is not None else None
 
   def score_images(weights, inputs):

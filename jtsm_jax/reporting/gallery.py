@@ -123,7 +123,7 @@ def write_page(
     metrics: `evaluation/metrics.json`, or None where nothing was compared.
     curves: from `read_curves`.
     sections: the images.
-    settings: `config.json`.
+    settings: `config.json`, with those of the evaluation that is shown.
   """
   colours = class_colours(categories)
   content = {

@@ -6,7 +6,7 @@
     FOLDER/overlays/NAME.jpg    to look at
     FOLDER/panoptic.json        COCO panoptic, of all images
     FOLDER/instances.json       COCO results: masks as run lengths, scores
-    FOLDER/detections.json      COCO results: boxes, scores
+    FOLDER/detections.json      COCO results: boxes of those masks, scores
     FOLDER/classes.json         the classes in the order of their indices
 
 An image whose record was made with the same weights and settings from the same
@@ -143,12 +143,13 @@ def class_map(panoptic: PanopticMap, num_classes: int) -> np.ndarray:
 def _instances(name, detections: Detections, categories) -> list[dict]:
   """COCO's results of one image, best first; empty masks are left out."""
   entries = []
-  for category, score, mask in zip(
-    detections.category, detections.score, detections.masks, strict=True
+  size = list(detections.size)
+  for category, score, counts in zip(
+    detections.category, detections.score, detections.rles, strict=True
   ):
-    if not mask.any():
+    rle = {"size": size, "counts": counts}
+    if not coco_mask.area(rle):
       continue
-    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
     entries.append(
       {
         "image_id": name,
@@ -156,8 +157,8 @@ def _instances(name, detections: Detections, categories) -> list[dict]:
         "bbox": coco_mask.toBbox(rle).tolist(),
         "score": float(score),
         "segmentation": {
-          "size": list(mask.shape),
-          "counts": rle["counts"].decode("ascii"),
+          "size": size,
+          "counts": counts.decode("ascii"),
         },
       }
     )

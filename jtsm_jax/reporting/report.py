@@ -88,7 +88,8 @@ def write_report(
   data: PreparedData,
   store: ProposalSource,
   *,
-  step: int,
+  weights: dict[str, Any],
+  evaluation: dict[str, Any],
   predict: Callable[[Subset], Iterator[Prediction]],
   mine: Callable[[Subset], Iterator[MinedImage]],
   reestimator: MaskReestimator | None,
@@ -103,7 +104,8 @@ def write_report(
     workdir: of the run.
     data: its images; training images, and validation images if there are any.
     store: their proposals.
-    step: of the weights.
+    weights: what tells them from others: {"step", "weights": their hash}.
+    evaluation: the settings of `predict`; shown where nothing was evaluated.
     predict: predicts images of the split "val".
     mine: mines images of the split "train".
     reestimator: of the mined segments; None where nothing learns from masks.
@@ -119,7 +121,9 @@ def write_report(
   """
   val, metrics, predicted = data.splits.get("val"), None, None
   if val is not None and (val.has_targets or val.has_instances):
-    metrics = read_metrics(workdir / "evaluation" / "metrics.json", step=step)
+    metrics = read_metrics(
+      workdir / "evaluation" / "metrics.json", weights=weights
+    )
   if val is not None and val.has_targets:
     folder = workdir / "evaluation" / "predictions"
     if not (folder / "panoptic.json").is_file():
@@ -156,10 +160,15 @@ def write_report(
     )
   )
   settings = read_json(workdir / "config.json")
+  # Those of the training may have changed since; old metrics do not tell.
+  if metrics is None:
+    settings["evaluation"] = evaluation
+  elif "settings" in metrics:
+    settings["evaluation"] = metrics["settings"]
   write_page(
     draft / "index.html",
     title=f"Report of {workdir.resolve().name}",
-    summary=_summary(data, settings, step),
+    summary=_summary(data, settings, weights["step"]),
     categories=data.categories,
     metrics=metrics,
     curves=read_curves(workdir / "metrics.jsonl"),
@@ -175,11 +184,17 @@ def write_report(
   return final / "index.html"
 
 
-def read_metrics(path: pathlib.Path, *, step: int) -> dict[str, Any]:
+def read_metrics(
+  path: pathlib.Path, *, weights: dict[str, Any]
+) -> dict[str, Any]:
   """The figures of the evaluation.
 
+  Args:
+    path: of metrics.json.
+    weights: as of `write_report`.
+
   Raises:
-    InputError: there are none, or they are of other weights than `step`'s.
+    InputError: there are none, or they are of other weights.
   """
   remedy = "run --mode=evaluate first"
   try:
@@ -189,10 +204,17 @@ def read_metrics(path: pathlib.Path, *, step: int) -> dict[str, Any]:
     raise InputError(f"{path}: {error.strerror}; {remedy}") from error
   except (ValueError, KeyError, TypeError) as error:
     raise InputError(f"{path} is damaged ({error!r}); {remedy}") from error
+  step = weights["step"]
   if found != step:
     raise InputError(
       f"{path} is of the weights of step {found}, the last checkpoint is of"
       f" step {step}; {remedy}"
+    )
+  # Metrics of older versions tell the step alone.
+  if metrics.get("weights", weights["weights"]) != weights["weights"]:
+    raise InputError(
+      f"{path} is of other weights of step {step} than the last checkpoint;"
+      f" {remedy}"
     )
   return metrics
 

@@ -457,12 +457,12 @@ def _to_index(ids: np.ndarray, order: Sequence[int]) -> np.ndarray:
 
 
 def _blend(
-  canvas: np.ndarray, colour: Sequence[float], opacity: np.ndarray
+  canvas: np.ndarray, colour: Sequence[int], opacity: np.ndarray
 ) -> np.ndarray:
   """Mixes in one colour, or one for each pixel, by opacity [H, W] in 0 .. 1."""
-  opacity = opacity.astype(np.float32)
+  opacity = opacity.astype(np.float32, copy=False)
   paint = np.empty_like(canvas)
-  paint[:] = np.rint(colour)
+  paint[:] = colour
   return cv2.blendLinear(canvas, paint, 1 - opacity, opacity)
 
 
@@ -473,9 +473,9 @@ def _paint(
   alpha: float,
 ) -> np.ndarray:
   """Paints label i with colour i - 1, and leaves label 0 alone."""
-  table = np.zeros((len(colours) + 1, 3), np.float32)
-  table[1:] = np.asarray(colours, np.float32).reshape(-1, 3)
-  return _blend(canvas, table[index], np.where(index > 0, alpha, 0.0))
+  table = np.zeros((len(colours) + 1, 3), np.uint8)
+  table[1:] = np.asarray(colours).reshape(-1, 3)
+  return _blend(canvas, table[index], np.float32(alpha) * (index > 0))
 
 
 def _borders(labels: np.ndarray) -> np.ndarray:

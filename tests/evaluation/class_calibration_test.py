@@ -13,7 +13,7 @@ from jtsm_jax.evaluation.class_calibration import (
 from jtsm_jax.types import Categories, Category, InputError
 
 CATEGORIES = Categories((Category(7, "cow", True), Category(3, "sky", False)))
-MADE = {"step": 7, "flip": True}
+MADE = {"step": 7, "weights": "a1", "flip": True}
 
 
 @pytest.mark.parametrize(
@@ -91,5 +91,18 @@ def test_a_calibration_of_other_weights_is_refused(tmp_path):
   path = tmp_path / "calibration.json"
   neutral = ClassCalibration.neutral(2)
   save_calibration(path, neutral, CATEGORIES, made_with=MADE)
+  with pytest.raises(InputError, match=r"'step': 7.*'step': 8"):
+    load_calibration(path, CATEGORIES, made_with=MADE | {"step": 8})
+  # Trained anew to the same step.
+  with pytest.raises(InputError, match=r"'a1'.*'b2'.*run --mode=evaluate"):
+    load_calibration(path, CATEGORIES, made_with=MADE | {"weights": "b2"})
+
+
+def test_a_calibration_that_does_not_tell_its_weights_is_of_its_step(tmp_path):
+  path = tmp_path / "calibration.json"
+  old = {k: v for k, v in MADE.items() if k != "weights"}
+  neutral = ClassCalibration.neutral(2)
+  save_calibration(path, neutral, CATEGORIES, made_with=old)
+  load_calibration(path, CATEGORIES, made_with=MADE)
   with pytest.raises(InputError, match=r"'step': 7.*'step': 8"):
     load_calibration(path, CATEGORIES, made_with=MADE | {"step": 8})

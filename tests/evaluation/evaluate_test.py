@@ -17,6 +17,7 @@ from jtsm_jax.types import (
   PanopticMap,
   Segment,
 )
+from tests.run_lengths import pack
 
 CATEGORIES = Categories(
   (
@@ -75,7 +76,7 @@ def predictions():
       category=np.array([0, 1], np.int32),
       score=np.array([0.9, 0.8], np.float32),
       boxes=np.array([[5, 5, 20, 30], [25, 30, 40, 55]], np.int32),
-      masks=masks,
+      **pack(masks),
     ),
     scores=np.zeros((2, 3), np.float32),
     image_scores=np.zeros(3, np.float32),

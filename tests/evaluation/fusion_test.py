@@ -4,6 +4,7 @@ import numpy as np
 
 from jtsm_jax.evaluation.fusion import FusionSettings, fuse
 from jtsm_jax.types import Detections
+from tests.run_lengths import pack
 
 # Things 0 and 1, stuff 2 and 3.
 T = 2
@@ -22,7 +23,7 @@ def _detections(*entries):
     category=np.array([c for c, _, _ in entries], np.int32),
     score=np.array([s for _, s, _ in entries], np.float32),
     boxes=np.zeros((len(entries), 4), np.int32),
-    masks=masks.reshape(-1, 1, 10),
+    **pack(masks.reshape(-1, 1, 10)),
   )
 
 

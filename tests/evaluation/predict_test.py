@@ -3,18 +3,21 @@
 import dataclasses
 import io
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from jtsm_jax.data import pipeline, sampling
+from jtsm_jax.data.run_lengths import read_runs
 from jtsm_jax.evaluation import predict as predict_lib
 from jtsm_jax.evaluation.class_calibration import ClassCalibration
 from jtsm_jax.evaluation.fusion import FusionSettings
-from jtsm_jax.evaluation.inference import make_steps
+from jtsm_jax.evaluation.inference import make_steps, superpixel_votes
 from jtsm_jax.evaluation.predict import PredictionSettings
 from jtsm_jax.types import Detections, Proposals, Record, pack_members
 from tests import tiny
+from tests.run_lengths import pack, unpack
 
 
 def _halves(height, width):
@@ -34,7 +37,9 @@ def test_maps_of_a_canvas_come_back_to_the_image():
   # An image of 20 x 30 lies on 42 of 64 columns and 28 of 32 rows; the value of
   # each cell is its own position, so the image must show a ramp.
   cells = np.mgrid[0:4, 0:8].transpose(1, 2, 0).astype(np.float32)
-  found = predict_lib._to_image(cells, np.array([28, 42]), (20, 30), (32, 64))
+  found = predict_lib._to_image(
+    cells, np.array([28, 42]), (20, 30), (32, 64), slice(0, 20)
+  )
   y = (np.arange(20) + 0.5) * 28 / 20 / 8 - 0.5
   x = (np.arange(30) + 0.5) * 42 / 30 / 8 - 0.5
   np.testing.assert_allclose(found[:, 7, 0], y.clip(0, 3), atol=0.05)
@@ -195,7 +200,7 @@ def test_box_masks_are_the_mean_of_all_views(toy):
       category=np.array([2, 0], np.int32)[: 2 - i],
       score=np.ones(2 - i, np.float32),
       boxes=store[name].boxes[[1, 0]][: 2 - i],
-      masks=np.zeros((2 - i, 1, 1), bool),
+      size=(1, 1),
     )
     for i, name in enumerate("ab")
   }
@@ -273,7 +278,11 @@ def test_each_image_is_predicted_once(toy):
   for prediction in found:
     size = tuple(source.sizes[prediction.index])
     assert prediction.panoptic.ids.shape == size
-    assert prediction.detections.masks.shape[1:] == size
+    assert prediction.detections.size == size
+    assert all(
+      read_runs(c).sum() == size[0] * size[1]
+      for c in prediction.detections.rles
+    )
     assert prediction.scores.shape == (2, tiny.K)
 
 
@@ -302,10 +311,181 @@ def test_outlines_of_what_is_shown_follow_the_colours(toy, rounds, monkeypatch):
     shown += strong.sum()
     if rounds:
       assert len(seen) == strong.sum()
-      assert not prediction.detections.masks[strong].any()
+      assert not unpack(prediction.detections)[strong].any()
       assert not any(s.is_thing for s in prediction.panoptic.segments)
     else:
       assert not seen
       assert any(s.is_thing for s in prediction.panoptic.segments)
     seen.clear()
   assert shown
+
+
+# The straightforward way: whole images, all detections and classes at once.
+
+
+def _random_proposals(rng, size, *, cells=12, count=30):
+  """Rectangles of superpixels, whose boxes are tight."""
+  rows, columns = (np.arange(side) * cells // side for side in size)
+  low = rng.integers(0, cells - 1, (count, 2))
+  high = rng.integers(low + 1, cells + 1)
+  cell = np.arange(cells)
+  inside = [
+    (low[:, i, None] <= cell) & (cell < high[:, i, None]) for i in (0, 1)
+  ]
+  members = inside[0][:, :, None] & inside[1][:, None]
+  members &= rng.random(members.shape) < 0.7
+  members[np.arange(count), low[:, 0], low[:, 1]] = True
+  members = members.reshape(count, -1)
+  superpixels = (cells * rows[:, None] + columns).astype(np.int32)
+  boxes = []
+  for row in members:
+    y, x = np.nonzero(row[superpixels])
+    boxes.append([y.min(), x.min(), y.max() + 1, x.max() + 1])
+  return Proposals(
+    superpixels=superpixels,
+    member_bits=pack_members(members),
+    boxes=np.array(boxes, np.int32),
+    scores=np.linspace(1, 0, count, dtype=np.float32),
+  )
+
+
+def _whole_masks(detections, proposals, box_masks, share):
+  masks = proposals.membership[detections.proposal][:, proposals.superpixels]
+  probabilities = masks.astype(np.float32)
+  if box_masks is not None:
+    pasted = np.zeros_like(probabilities)
+    for n, (y0, x0, y1, x1) in enumerate(detections.boxes):
+      size = int(x1 - x0), int(y1 - y0)
+      pasted[n, y0:y1, x0:x1] = cv2.resize(box_masks[n], size)
+    probabilities += share * (pasted - probabilities)
+  return probabilities
+
+
+@pytest.mark.parametrize("share", [None, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_masks_are_those_of_the_straightforward_way(share, rounds, monkeypatch):
+  rng = np.random.default_rng(0)
+  size = 211, 307
+  proposals = _random_proposals(rng, size)
+  chosen = rng.permutation(len(proposals))
+  detections = Detections(
+    proposal=chosen,
+    category=np.zeros(len(chosen), np.int32),
+    score=np.linspace(1, 0, len(chosen), dtype=np.float32),
+    boxes=proposals.boxes[chosen],
+    size=size,
+  )
+  box_masks = None
+  if share is not None:
+    box_masks = rng.random((len(chosen), 28, 28), np.float32)
+  probabilities = _whole_masks(detections, proposals, box_masks, share)
+  wanted, given = probabilities >= 0.5, []
+
+  def follow_colours(image, probability, *, rounds):
+    given.append(probability)
+    return probability[::-1, ::-1] >= 0.5
+
+  monkeypatch.setattr(predict_lib, "follow_colours", follow_colours)
+  sure = detections.score >= 0.5
+  if rounds:
+    wanted[sure] = wanted[sure][:, ::-1, ::-1]
+  found = predict_lib._with_masks(
+    detections,
+    proposals,
+    box_masks,
+    _Images(),
+    0,
+    dataclasses.replace(SETTINGS, mask_share=share or 0, outline_rounds=rounds),
+  )
+  assert found.rles == pack(wanted)["rles"]
+  assert wanted.any((1, 2)).sum() > 10
+  if rounds:
+    np.testing.assert_array_equal(given, probabilities[sure])
+
+
+def test_pasted_masks_are_interpolated_between_cell_middles():
+  # Two columns, 0.3 and 0.8, over four pixels: 0.3, 0.425, 0.675, 0.8.
+  proposals = Proposals(
+    superpixels=np.zeros((2, 6), np.int32),
+    member_bits=pack_members(np.ones((1, 1), bool)),
+    boxes=np.array([[0, 1, 2, 5]], np.int32),
+    scores=np.ones(1, np.float32),
+  )
+  detections = Detections(
+    proposal=np.array([0]),
+    category=np.array([0]),
+    score=np.ones(1, np.float32),
+    boxes=proposals.boxes,
+    size=(2, 6),
+  )
+  masks = np.array([[[0.3, 0.8], [0.3, 0.8]]], np.float32)
+  found = predict_lib._with_masks(
+    detections, proposals, masks, _Images(), 0, SETTINGS
+  )
+  np.testing.assert_array_equal(unpack(found)[0], [[0, 0, 0, 1, 1, 0]] * 2)
+
+
+def _whole_stuff_map(scores, proposals, views, present, num_things, share):
+  votes = superpixel_votes(scores, proposals)
+  votes = votes / np.maximum(votes.sum(1, keepdims=True), 1e-9)
+  stuff = votes[:, num_things:][proposals.superpixels]
+  shape = proposals.superpixels.shape
+  if views[0].semantic is not None and share > 0:
+    probability = np.zeros(stuff.shape, np.float32)
+    for view in views:
+      grid = view.semantic[0, ..., 1:]
+      size, canvas = view.batch.size[0], view.batch.superpixels.shape[1:]
+      stride = canvas[0] / grid.shape[0]
+      grid = grid[: -(-size[0] // int(stride)), : -(-size[1] // int(stride))]
+      y = (np.arange(shape[0]) + 0.5) * (size[0] / shape[0]) / stride - 0.5
+      x = (np.arange(shape[1]) + 0.5) * (size[1] / shape[1]) / stride - 0.5
+      x, y = (m.astype(np.float32) for m in np.meshgrid(x, y))
+      layers = [
+        cv2.remap(
+          np.ascontiguousarray(grid[..., k]),
+          x,
+          y,
+          cv2.INTER_LINEAR,
+          borderMode=cv2.BORDER_REPLICATE,
+        )
+        for k in range(grid.shape[-1])
+      ]
+      shown = np.stack(layers, -1)
+      probability += (shown[:, ::-1] if view.batch.flip[0] else shown) / len(
+        views
+      )
+    stuff = share * probability + (1 - share) * stuff
+  nothing = np.zeros((*shape, 1), np.float32)
+  stuff = np.concatenate([nothing, stuff * present[num_things:]], axis=-1)
+  best = stuff.argmax(-1)
+  return np.where(best > 0, best - 1 + num_things, -1), stuff.max(-1)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("absent", [(), (2,), (3, 5), (2, 3, 4, 5)])
+@pytest.mark.parametrize("pixels", [1, 5000, 1 << 17])
+def test_stuff_is_that_of_the_straightforward_way(
+  share, absent, pixels, monkeypatch
+):
+  monkeypatch.setattr(predict_lib, "_PIXELS_AT_A_TIME", pixels)
+  rng = np.random.default_rng(0)
+  proposals = _random_proposals(rng, (211, 307), count=6)
+  scores = rng.random((6, 6), np.float32)
+  present = ~np.isin(np.arange(6), absent)
+
+  def semantic():
+    found = rng.random((4, 8, 5), np.float32) ** 3
+    return [found / found.sum(-1, keepdims=True)]
+
+  views = [
+    _view(semantic(), size=(32, 47)),
+    _view(semantic(), size=(32, 47), flip=True),
+    _view(semantic(), size=(21, 30)),
+  ]
+  args = scores, proposals, views
+  wanted = _whole_stuff_map(*args, present, 2, share)
+  found = predict_lib._stuff_map(*args, 0, present, 2, share=share)
+  for a, b in zip(found, wanted, strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert found[0].dtype == np.int32
+  assert found[1].dtype == np.float32

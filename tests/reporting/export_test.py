@@ -118,6 +118,24 @@ def test_the_loader_of_the_docs_in_a_fresh_process(exported, tmp_path):
       np.testing.assert_allclose(found[name], getattr(wanted, name), atol=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_proposals_a_few_at_a_time(exported, tmp_path, batch_size):
+  model = tiny.make_model(cells=True)
+  variables = tiny.make_variables(model, tiny.make_batch())
+  write(tmp_path, model, variables, proposal_block=8)
+  batch = make_batch(CANVASES[0], batch_size)
+  found = export.load_exported(tmp_path).score(batch)
+  wanted = exported[1].score(batch)
+  np.testing.assert_allclose(found.proposals, wanted.proposals, atol=1e-6)
+  name = f"score-{CANVASES[0][0]}x{CANVASES[0][1]}.stablehlo"
+
+  def loops(folder):
+    data = bytearray((folder / name).read_bytes())
+    return jax.export.deserialize(data).mlir_module().count("stablehlo.while")
+
+  assert loops(tmp_path) == loops(exported[0]) + 1
+
+
 def test_it_runs_on_every_platform(exported):
   for path in exported[0].glob("*.stablehlo"):
     found = jax.export.deserialize(bytearray(path.read_bytes()))

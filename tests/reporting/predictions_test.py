@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from jtsm_jax.data.panoptic_files import read_panoptic
 from jtsm_jax.evaluation.predict import Prediction
@@ -18,6 +17,7 @@ from jtsm_jax.types import (
   PanopticMap,
   Segment,
 )
+from tests.run_lengths import decode, pack, unpack
 
 CATEGORIES = Categories(
   (
@@ -49,7 +49,7 @@ def make_prediction(seed=0, size=(20, 30)):
       category=np.array([1, 0, 0], np.int32),
       score=np.array([0.75, 0.5, 0.25], np.float32),
       boxes=np.zeros((3, 4), np.int32),
-      masks=masks,
+      **pack(masks),
     ),
     scores=np.zeros((5, 3), np.float32),
     image_scores=np.array([0.25, 0.5, 0.125], np.float32),
@@ -87,7 +87,6 @@ def test_panoptic_files_are_read_back(tmp_path):
     ]
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation")
 def test_instances_are_coco_results(tmp_path):
   prediction = write(tmp_path)
   predictions.collect(tmp_path, "a", CATEGORIES)
@@ -96,9 +95,8 @@ def test_instances_are_coco_results(tmp_path):
   assert [x["category_id"] for x in instances] == [3, 7]
   assert [x["score"] for x in instances] == [0.75, 0.25]
   for entry, n in zip(instances, (0, 2), strict=True):
-    mask = prediction.detections.masks[n]
-    rle = entry["segmentation"]
-    np.testing.assert_array_equal(coco_mask.decode(rle), mask)
+    mask = unpack(prediction.detections)[n]
+    np.testing.assert_array_equal(decode(entry["segmentation"]), mask)
     y, x = np.nonzero(mask)
     wanted = [x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1]
     assert entry["bbox"] == wanted

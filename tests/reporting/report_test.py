@@ -28,7 +28,7 @@ from jtsm_jax.types import (
 )
 from tests.reporting.gallery_test import Page
 
-STEP = 7
+WEIGHTS = {"step": 7, "weights": "ab"}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def make_prediction(data, n, *, index):
     index=index,
     panoptic=predicted(data.splits["val"].target(n), n),
     detections=Detections(
-      *(np.zeros((0, *s)) for s in ((), (), (), (4,), (64, 64)))
+      *(np.zeros((0, *s)) for s in ((), (), (), (4,))), size=(64, 64)
     ),
     scores=scores,
     image_scores=np.zeros(len(data.categories), np.float32),
@@ -98,21 +98,26 @@ def evaluated(workdir, data):
       made_with={},
     )
   collect(folder, source.image_ids, data.categories)
-  metrics = {"step": STEP, "split": "val", "all": {"pq": 61.5, "n": 2}}
+  metrics = WEIGHTS | {
+    "split": "val",
+    "settings": {"nms_iou": 0.5},
+    "all": {"pq": 61.5, "n": 2},
+  }
   (workdir / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
 
 
 @pytest.fixture
 def workdir(tmp_path):
   backbone = {"name": "resnet_ws", "pretrained": "~/models/r18.pkl"}
-  settings = {"seed": 3, "backbone": backbone}
+  evaluation = {"nms_iou": 0.3}
+  settings = {"seed": 3, "backbone": backbone, "evaluation": evaluation}
   (tmp_path / "config.json").write_text(json.dumps(settings))
   (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/total": 2.0}\n')
   return tmp_path
 
 
 def run(
-  workdir, data, *, truth=None, step=STEP, num_images=9, reestimator=None
+  workdir, data, *, truth=None, weights=None, num_images=9, reestimator=None
 ):
   """The page, its data, its sections by key; `truth` is what is predicted."""
 
@@ -131,7 +136,8 @@ def run(
     workdir,
     data,
     Quarters(),
-    step=step,
+    weights=weights or WEIGHTS,
+    evaluation={"nms_iou": 0.7},
     predict=predict,
     mine=mine,
     reestimator=reestimator,
@@ -283,6 +289,7 @@ def test_without_ground_truth(workdir, data):
   page, content, sections = run(workdir, blind, truth=data, num_images=3)
   check_pictures(page, sections)
   assert content["metrics"] is None
+  assert content["settings"]["evaluation"] == {"nms_iou": 0.7}
   images = sections["val"]["images"]
   assert [x["id"] for x in images] == ["val_00000", "val_00002", "val_00003"]
   assert all(x["pq"] is None for x in images)
@@ -299,6 +306,20 @@ def test_without_validation_images(workdir, data):
   assert sections.keys() == {"train"}
 
 
+def test_settings_are_those_of_the_evaluation(workdir, data):
+  evaluated(workdir, data)
+  _, content, _ = run(workdir, data)
+  assert content["settings"]["evaluation"] == {"nms_iou": 0.5}
+  assert content["settings"]["seed"] == 3
+  # Metrics of older versions tell neither them nor the weights' hash.
+  path = workdir / "evaluation" / "metrics.json"
+  metrics = json.loads(path.read_text())
+  del metrics["settings"], metrics["weights"]
+  path.write_text(json.dumps(metrics))
+  _, content, _ = run(workdir, data)
+  assert content["settings"]["evaluation"] == {"nms_iou": 0.3}
+
+
 def test_faults_name_the_remedy_and_keep_the_older_report(workdir, data):
   with pytest.raises(InputError, match=r"metrics\.json.*run --mode=evaluate"):
     run(workdir, data)
@@ -306,7 +327,9 @@ def test_faults_name_the_remedy_and_keep_the_older_report(workdir, data):
   page, _, _ = run(workdir, data)
   before = page.read_bytes()
   with pytest.raises(InputError, match=r"step 7, .* step 8; run --mode=eval"):
-    run(workdir, data, step=8)
+    run(workdir, data, weights={"step": 8, "weights": "ab"})
+  with pytest.raises(InputError, match=r"other weights of step 7.*--mode=eval"):
+    run(workdir, data, weights=WEIGHTS | {"weights": "cd"})
   (workdir / "metrics.jsonl").write_text("no JSON\n")
   with pytest.raises(InputError, match="line 1 is no metrics line"):
     run(workdir, data)
