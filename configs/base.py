@@ -255,7 +255,6 @@ def get_config() -> ml_collections.ConfigDict:
   c.evaluation.nms_iou = 0.5
   c.evaluation.nms_kind = "masks"  # whose IoU it is; "boxes" for detection
   c.evaluation.max_detections = 100
-  c.evaluation.area_exponent = 0.0
   c.evaluation.instance_score = 0.5
   c.evaluation.instance_overlap = 0.5
   c.evaluation.stuff_area = 4096 / (500 * 375)  # share of the image

@@ -47,15 +47,12 @@ class DetectionSettings:
     nms_kind: whose IoU it is: of "masks" or of "boxes".
     max_detections: kept per image.
     min_score: lower scores are dropped before the suppression.
-    area_exponent: the ranking multiplies scores by the proposal's share of the
-      image to this power: whole objects before their parts. 0 = paper.
   """
 
   nms_iou: float = 0.5
   nms_kind: str = "masks"
   max_detections: int = 100
   min_score: float = 1e-3
-  area_exponent: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,17 +196,16 @@ def detect(
   ).astype(np.float32)
   members = proposals.membership.astype(np.float32)
   size = members @ areas
-  ranking = scores * (size[:, None] / areas.sum()) ** settings.area_exponent
   kept = []
   for category in range(scores.shape[1]):
     (candidates,) = np.nonzero(scores[:, category] >= settings.min_score)
     # Stable: of equal scores, that of the better proposal comes first.
-    ranks = np.argsort(-ranking[candidates, category], kind="stable")
+    ranks = np.argsort(-scores[candidates, category], kind="stable")
     order = candidates[ranks]
     survivors = 0
     while len(order) and survivors < settings.max_detections:
       best = order[0]
-      kept.append((ranking[best, category], best, category))
+      kept.append((scores[best, category], best, category))
       survivors += 1
       if settings.nms_kind == "boxes":
         boxes = proposals.boxes

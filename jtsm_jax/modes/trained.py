@@ -94,7 +94,6 @@ def prediction_settings(config: Config) -> PredictionSettings:
       nms_iou=e.nms_iou,
       nms_kind=e.nms_kind,
       max_detections=e.max_detections,
-      area_exponent=e.area_exponent,
     ),
     fusion=FusionSettings(
       instance_score=e.instance_score,
