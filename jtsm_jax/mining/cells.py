@@ -125,7 +125,7 @@ def map_presence(maps: jax.Array, inside: jax.Array) -> jax.Array:
 
 
 def tagged_overlap(
-  logits: jax.Array, batch: Batch, inside: jax.Array, advantage: float
+  logits: jax.Array, batch: Batch, inside: jax.Array, *, advantage: float
 ) -> jax.Array:
   """How well each proposal matches the maps of its image's tags.
 

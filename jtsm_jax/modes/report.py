@@ -68,6 +68,7 @@ def run_report(
         batch_size=settings.batch_size,
         max_proposals=settings.max_proposals,
         max_superpixels=settings.max_superpixels,
+        proposal_block=config.evaluation.proposal_block,
       ),
       reestimator=reestimator if has_branches else None,
       num_images=config.report.images,

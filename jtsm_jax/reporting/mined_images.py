@@ -15,6 +15,7 @@ from jtsm_jax.data.pipeline import ProposalSource, inference_batches
 from jtsm_jax.data.prepared import RecordSource
 from jtsm_jax.data.sampling import fitting_canvases
 from jtsm_jax.mining import cells, labels
+from jtsm_jax.models import proposal_blocks
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.train.objectives import MiningSettings, last_scores
 from jtsm_jax.types import Batch
@@ -48,6 +49,7 @@ def mine_images(
   batch_size: int,
   max_proposals: int,
   max_superpixels: int,
+  proposal_block: int = 0,
 ) -> Iterator[MinedImage]:
   """Mines images as the training does, but whole and without dropout.
 
@@ -63,6 +65,8 @@ def mine_images(
     batch_size: images at a time.
     max_proposals: P.
     max_superpixels: S.
+    proposal_block: proposals that are pooled at a time, see
+      `models.proposal_blocks`; 0 for all.
 
   Yields:
     What is mined of each image, with a progress line; all of an orientation
@@ -72,12 +76,15 @@ def mine_images(
   @jax.jit
   def mine(variables: Any, batch: Batch):
     features = model.apply(variables, batch, method="features")
-    outputs = model.apply(variables, features, batch, method="mine")
+    described = proposal_blocks.describe(
+      model, variables, features, batch, proposal_block=proposal_block
+    )
+    outputs = model.apply(variables, described, batch.valid, method="judge")
     overlap = None
     if model.cells is not None:
       logits = model.apply(variables, features, method="cell_logits")
       overlap = cells.tagged_overlap(
-        logits, batch, model.inside(batch), tag_advantage
+        logits, batch, model.inside(batch), advantage=tag_advantage
       )
     scores = last_scores(outputs, overlap)
     return scores, labels.mine(

@@ -146,7 +146,7 @@ def mining_loss(
     metrics["loss/cells"] = term
     loss += term
     scores = overlap = cells.tagged_overlap(
-      logits, batch, inside, losses.tag_advantage
+      logits, batch, inside, advantage=losses.tag_advantage
     )
   for r, logits in enumerate(outputs.refinement_logits):
     mined = labels.mine(scores, outputs.image_scores, batch, **options)

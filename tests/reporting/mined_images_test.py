@@ -108,6 +108,7 @@ def test_segments_are_those_of_the_training(source, num_refinements, has_cells):
     tag_advantage=LossSettings().tag_advantage,
     canvases=((64, 64),),
     batch_size=5,
+    proposal_block=8,
     **sizes,
   )
   shown = {image.index: sorted(image.segments) for image in found}
