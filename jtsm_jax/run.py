@@ -36,7 +36,7 @@ from jtsm_jax.modes.proposals import (
 from jtsm_jax.modes.report import run_report
 from jtsm_jax.modes.training import run_training
 from jtsm_jax.proposals import store as stores
-from jtsm_jax.train import build
+from jtsm_jax.train import build, checkpoints
 from jtsm_jax.types import InputError
 
 Config = ml_collections.ConfigDict
@@ -222,7 +222,7 @@ def _keep_compiled_programs() -> None:
 
 
 def _is_trained(workdir: pathlib.Path) -> bool:
-  return any((workdir / "checkpoints").glob("[0-9]*"))
+  return bool(checkpoints.steps_in(workdir / "checkpoints"))
 
 
 def _is_among(name: str, fields: tuple[str, ...]) -> bool:

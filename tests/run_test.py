@@ -114,6 +114,21 @@ def test_caches_of_a_trained_workdir_may_move(root, tmp_path, monkeypatch):
     run.claim_workdir(tmp_path, config)
 
 
+def test_a_first_checkpoint_that_was_not_finished_binds_nothing(root, tmp_path):
+  config = _config(root, "data0")
+  run.claim_workdir(tmp_path, config)
+  # What a killed process leaves: a folder without its last rename.
+  (tmp_path / "checkpoints" / "500.orbax-checkpoint-tmp").mkdir(parents=True)
+  config.train.learning_rate = 0.5
+  run.claim_workdir(tmp_path, config)
+  with pytest.raises(InputError, match="there are no checkpoints"):
+    run.run(config, tmp_path, mode="evaluate")
+  (tmp_path / "checkpoints" / "500").mkdir()
+  config.train.learning_rate = 0.25
+  with pytest.raises(InputError, match=r"learning_rate = 0\.25, there 0\.5"):
+    run.claim_workdir(tmp_path, config)
+
+
 def test_data_and_proposals_in_a_bucket(root, bucket, tmp_path, monkeypatch):
   """All that training needs of them, with nothing of their own on the disk."""
   config = _config(bucket, "data")

@@ -115,6 +115,12 @@ def best_score(manager: ocp.CheckpointManager) -> float:
   return manager.restore(step, args=args)["score"]["score"]
 
 
+def steps_in(directory: pathlib.Path) -> list[int]:
+  """The steps of the complete checkpoints in a folder, which may be absent."""
+  # The others have longer names.
+  return [int(p.name) for p in directory.glob("[0-9]*") if p.name.isdigit()]
+
+
 def restore_latest(
   manager: ocp.CheckpointManager,
   template_at: Callable[[int], tuple[TrainState, list[Any]]],
@@ -187,7 +193,7 @@ def restore_variables(
     raise InputError(f"{directory}: there are no checkpoints; {remedy}")
   params = "ema" if averaged else "params"
   # No manager: the run may be saving another one at this moment.
-  for step in sorted(_steps_in(directory), reverse=True):
+  for step in sorted(steps_in(directory), reverse=True):
     path = directory.absolute() / str(step)
     try:
       state = _restore_arrays(path, (params, "model_state"))
@@ -221,7 +227,7 @@ def weights_from(
       are missing or of other shapes; the message names every one of them.
   """
   directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-  steps = _steps_in(directory)
+  steps = steps_in(directory)
   if steps and not (directory / "state").is_dir():
     directory = directory / str(max(steps))
   if not (directory / "state").is_dir():
@@ -319,11 +325,6 @@ def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
   manager.reload()
 
 
-def _steps_in(directory: pathlib.Path) -> list[int]:
-  """Of the complete checkpoints: the others have longer names."""
-  return [int(p.name) for p in directory.glob("[0-9]*") if p.name.isdigit()]
-
-
 @contextlib.contextmanager
 def _disk_faults(directory: Any) -> Iterator[None]:
   """Says in one message what TensorStore and the system say in pages."""
@@ -336,7 +337,7 @@ def _disk_faults(directory: Any) -> Iterator[None]:
     reason = os.strerror(int(code[1])) if code else error.strerror
     if isinstance(error, TimeoutError):  # Orbax waits by the wall clock
       reason = "it takes too long, or the clock was set while it was written"
-    whole = sorted(_steps_in(pathlib.Path(directory)))
+    whole = sorted(steps_in(pathlib.Path(directory)))
     raise InputError(
       f"{directory}: a checkpoint cannot be written ({reason}). Those of the "
       f"steps {whole} are whole. Free some space, or see to the disk, and give "
