@@ -128,7 +128,9 @@ def restore_latest(
   """Restores the newest checkpoint that can be read.
 
   A damaged one is named in a warning and the one before it is taken. It is
-  moved out of the folder, since the run will save the same step again.
+  moved out of the folder, since the run will save the same step again. Segments
+  in flight that do not fit are left out with a warning: the data were prepared
+  anew, and the branches learn from the next ones.
 
   Args:
     manager: from `open_checkpoints`.
@@ -145,24 +147,42 @@ def restore_latest(
   steps = sorted(manager.all_steps(), reverse=True)
   for tried, step in enumerate(steps):
     state, in_flight = template_at(step)
-    args = ocp.args.Composite(
-      state=ocp.args.StandardRestore(state),
-      in_flight=ocp.args.StandardRestore(_in_flight_tree(in_flight)),
-    )
+    path = manager.directory / str(step)
+    parts = {"state": state, "in_flight": _in_flight_tree(in_flight)}
     try:
-      path = manager.directory / str(step)
-      misfits = _misfits(_saved_leaves(path), _leaves(state))
-      restored = None if misfits else manager.restore(step, args=args)
+      misfits = {
+        name: _misfits(_saved_leaves(path / name), _leaves(tree))
+        for name, tree in parts.items()
+      }
+      args = {
+        name: ocp.args.StandardRestore(tree)
+        for name, tree in parts.items()
+        if not misfits[name]
+      }
+      restored = (
+        None
+        if misfits["state"]
+        else manager.restore(step, args=ocp.args.Composite(**args))
+      )
     except Exception as error:  # Orbax raises many kinds for damaged files.
-      _warn_damaged(manager.directory / str(step), error)
+      _raise_if_memory(error)
+      _warn_damaged(path, error)
       continue
-    if misfits:
+    if misfits["state"]:
       raise InputError(
         f"{path} does not fit the model of this configuration:\n  "
-        + "\n  ".join(misfits)
+        + "\n  ".join(misfits["state"])
         + "\nGive another --workdir, or the settings that it was made with"
       )
     _set_aside(manager, steps[:tried])
+    if misfits["in_flight"]:
+      logging.warning(
+        "%s: the segments that wait for their masks do not fit the data (%s); "
+        "they are left out",
+        path,
+        misfits["in_flight"][0],
+      )
+      return restored["state"], []
     return restored["state"], restored["in_flight"]["mined"]
   if steps:
     raise InputError(
@@ -198,6 +218,7 @@ def restore_variables(
     try:
       state = _restore_arrays(path, (params, "model_state"))
     except Exception as error:  # Orbax raises many kinds for damaged files.
+      _raise_if_memory(error)
       _warn_damaged(path, error)
       continue
     if params not in state:
@@ -238,6 +259,7 @@ def weights_from(
   try:
     state = _restore_arrays(directory, ("params", "model_state"))
   except Exception as error:  # Orbax raises many kinds for damaged files.
+    _raise_if_memory(error)
     raise InputError(
       f"--init_from: {directory} cannot be read ({error}); give another one"
     ) from error
@@ -274,7 +296,7 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 def _saved_leaves(path: pathlib.Path) -> dict[str, Any]:
   with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-    return _leaves(handler.metadata(path / "state").tree)
+    return _leaves(handler.metadata(path).tree)
 
 
 def _misfits(
@@ -348,6 +370,12 @@ def _disk_faults(directory: Any) -> Iterator[None]:
 def _is_not_raised_too(record: Any) -> bool:
   """False for the tracebacks that Orbax logs beside raising the error."""
   return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _raise_if_memory(error: Exception) -> None:
+  """Raises what tells of the machine, and nothing of the files."""
+  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+    raise error
 
 
 def _warn_damaged(path: Any, error: Exception) -> None:
