@@ -247,8 +247,8 @@ def train(
         if run.learns_branches(step):
           in_flight.append(item)
           # With a lag the host need not wait for what is mined right now.
-          for waiting in [*in_flight][: len(in_flight) - min(lag, 1)]:
-            ask_for_masks(waiting)
+          for due in [*in_flight][: len(in_flight) - min(lag, 1)]:
+            ask_for_masks(due)
           if len(in_flight) > lag:
             item = in_flight.popleft()
             with meter.waiting("reestimation"):
