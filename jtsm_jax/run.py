@@ -160,7 +160,7 @@ def run(
   if mode in ("all", "train"):
     _train(config, workdir, data, store, profile=profile)
   if mode in ("all", "evaluate"):
-    run_evaluation(config, workdir, data, store)
+    run_evaluation(config, workdir, data, store, logs=mode == "all")
   if mode == "report":
     run_report(config, workdir, data, store)
   return None

@@ -60,9 +60,10 @@ def train(
     data: the split "train" is read.
     store: proposals of its images.
     stopping: listens to signals.
-    evaluate: called every `config.train.evaluate_every` steps, by the first
-      process, with variables; returns metrics, whose first one decides the best
-      checkpoint, and pictures.
+    evaluate: called every `config.train.evaluate_every` steps, the last one
+      included where it is a multiple, by the first process, with variables;
+      returns metrics, whose first one decides the best checkpoint, and
+      pictures.
     show_mined: called every `config.train.images_every` steps and in the last
       one, with a batch, its mined segments and, with branches, the futures of
       their masks; returns pictures.
@@ -95,7 +96,21 @@ def train(
       restored = setup.begin(run, setup.first_variables(run), 0), []
     state, waiting = restored
     first_step = int(state.step)
-    if first_step == run.last_step:
+    writer.truncate_after(first_step)
+
+    def is_evaluated(step: int) -> bool:
+      return (
+        evaluate is not None
+        and step > run.warm_up_steps
+        and step % config.train.evaluate_every == 0
+      )
+
+    # Perhaps the run before was stopped just after an evaluation.
+    is_known = np.bool_(writer.has("val/", step=first_step))
+    evaluated = first_step if broadcast_one_to_all(is_known) else None
+    if first_step == run.last_step and (
+      not is_evaluated(first_step) or first_step == evaluated
+    ):
       return
     if first_step:
       say(f"train: going on from step {first_step} of {run.last_step}")
@@ -149,13 +164,6 @@ def train(
       mined = [item.mined for item in in_flight]
       checkpoints.save(manager, state, mined, config=settings, score=score)
 
-    def is_evaluated(step: int) -> bool:
-      return (
-        evaluate is not None
-        and step > run.warm_up_steps
-        and step % config.train.evaluate_every == 0
-      )
-
     def evaluate_state(step: int) -> None:
       """Metrics and pictures, and the checkpoint if it is the best so far."""
       variables = to_host(state.variables)
@@ -188,7 +196,6 @@ def train(
     batches = setup.batches_from(run, first_step, load_images=cache is None)
 
     # What is told on the way.
-    writer.truncate_after(first_step)
     if not first_step:
       measure = {"panoptic": "pq", "instance": "map50", "detection": "map"}
       measures = [f"val/{measure[config.task]}"] if evaluate else []
@@ -204,10 +211,6 @@ def train(
       )
     )
 
-    # Perhaps the run before was stopped just after an evaluation.
-    is_known = np.bool_(writer.has("val/", step=first_step))
-    evaluated = first_step if broadcast_one_to_all(is_known) else None
-
     # The trace, which is written whenever the run ends within its steps.
     trace = stack.enter_context(contextlib.ExitStack())
     first_traced, last_traced = profile or (0, 0)
@@ -219,15 +222,17 @@ def train(
     # The steps.
     stopping.defer()
     check = None
-    for step in range(first_step, run.last_step):
+    for step in range(first_step, run.last_step + 1):
+      if is_evaluated(step) and step != evaluated:
+        with stopping.at_once(), meter.paused():
+          evaluate_state(step)
+      if step == run.last_step:
+        break
       if step == run.warm_up_steps > 0:
         with stopping.at_once(), meter.paused():
           state = setup.begin(run, to_host(state.variables), step)
           cache = open_cache()
           batches = setup.batches_from(run, step, load_images=cache is None)
-      if is_evaluated(step) and step != evaluated:
-        with stopping.at_once(), meter.paused():
-          evaluate_state(step)
       if step == run.branch_start > 0 and run.learns_branches(step):
         say(f"train: from step {step} on the branches learn; steps take longer")
       if step == first_traced < last_traced:
