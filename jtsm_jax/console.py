@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sized
 from typing import Any
 
+import jax
 import tqdm
 
 
@@ -22,7 +23,8 @@ def progress(
   """A progress line on stderr with rate and remaining time.
 
   Iterate over the result, or call its `update(n)`. On a terminal it is a bar;
-  in a log file or a pipe it is a plain line at most every 10 seconds.
+  in a log file or a pipe it is a plain line at most every 10 seconds. Of
+  several processes that train together only the first one shows it.
 
   Args:
     iterable: what to go through; None to count by `update`.
@@ -33,8 +35,10 @@ def progress(
   """
   if total is None and isinstance(iterable, Sized):
     total = len(iterable)
+  # Without the first question the second one would start the devices.
+  is_other = jax.distributed.is_initialized() and jax.process_index() > 0
   shared = {
-    "disable": total == 0,  # there is nothing to tell
+    "disable": is_other or total == 0,  # there is nothing to tell
     "iterable": iterable,
     "desc": description,
     "total": total,

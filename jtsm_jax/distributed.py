@@ -15,7 +15,8 @@ def start(
 ) -> None:
   """Meets the other processes; call it before anything else of jax.
 
-  Only the first process prints from then on; errors are printed by all.
+  Only the first process prints and shows progress from then on; errors are
+  printed by all.
 
   Args:
     coordinator: HOST:PORT of the first process. None, like the others: a TPU

@@ -6,6 +6,7 @@ arguments.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -36,7 +37,8 @@ from jtsm_jax.modes.proposals import (
 from jtsm_jax.modes.report import run_report
 from jtsm_jax.modes.training import run_training
 from jtsm_jax.proposals import store as stores
-from jtsm_jax.train import fields
+from jtsm_jax.train import checkpoints, fields
+from jtsm_jax.train.claim import alone_in
 from jtsm_jax.types import InputError
 
 Config = ml_collections.ConfigDict
@@ -144,7 +146,7 @@ def run(
       )
     data = prepared.open_prepared(directory)
     store = open_proposals(config, workdir, data)
-    return run_training(config, workdir, data, store, profile=profile)
+    return _train(config, workdir, data, store, profile=profile)
   if mode == "propose" and beam:
     data = prepare(config, workdir, num_shards=num_shards, beam=beam)
   else:
@@ -161,21 +163,30 @@ def run(
     return None
   store = propose(config, workdir, data)
   if mode in ("all", "train"):
-    run_training(config, workdir, data, store, profile=profile)
+    _train(config, workdir, data, store, profile=profile)
   if mode in ("all", "evaluate"):
-    run_evaluation(config, workdir, data, store)
+    run_evaluation(config, workdir, data, store, logs=mode == "all")
   if mode == "report":
     run_report(config, workdir, data, store)
   return None
 
 
-def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
+def claim_workdir(
+  workdir: pathlib.Path, config: Config, *, alone: bool = False
+) -> None:
   """Writes the configuration into a new workdir, or compares it with its own.
 
   Fields are fixed by what was made with them: those of the data once they are
   prepared, the others by the first checkpoint. So a try that fails before does
   not spoil the workdir. The weights that a run began with may be left out
-  afterwards; others are refused, not overlooked.
+  afterwards; others are refused, not overlooked. While another process trains
+  there, nothing is written: its first checkpoint will belong to the settings
+  that it has found.
+
+  Args:
+    workdir: folder of the run; made if absent.
+    config: see configs/base.py.
+    alone: whether the caller is inside `alone_in(workdir)`.
 
   Raises:
     InputError: the workdir cannot be made, or belongs to other settings.
@@ -214,10 +225,21 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
       + "; config.".join(changed)
       + ". Give another --workdir, or the same settings"
     )
-  if not trained and jax.process_index() == 0:
+  if trained or jax.process_index() > 0:
+    return
+  claim = contextlib.nullcontext() if alone else alone_in(workdir)
+  with contextlib.suppress(InputError), claim:
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(mine, indent=1))
     os.replace(draft, path)
+
+
+def _train(config, workdir, data, store, *, profile) -> None:
+  is_first = jax.process_index() == 0  # the others share its claim
+  with alone_in(workdir) if is_first else contextlib.nullcontext():
+    # Again: another one may have begun to train in the meantime.
+    claim_workdir(workdir, config, alone=True)
+    run_training(config, workdir, data, store, profile=profile)
 
 
 def _keep_compiled_programs() -> None:
@@ -230,7 +252,7 @@ def _keep_compiled_programs() -> None:
 
 
 def _is_trained(workdir: pathlib.Path) -> bool:
-  return any((workdir / "checkpoints").glob("[0-9]*"))
+  return bool(checkpoints.steps_in(workdir / "checkpoints"))
 
 
 def _is_among(name: str, group: tuple[str, ...]) -> bool:

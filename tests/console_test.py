@@ -4,6 +4,7 @@ import itertools
 import re
 import time
 
+import jax
 import tqdm
 
 from jtsm_jax import console
@@ -59,3 +60,21 @@ def test_progress_writes_nothing_on_stdout(capsys):
   captured = capsys.readouterr()
   assert captured.out == ""
   assert "x: 2/2" in captured.err
+
+
+def test_of_several_processes_the_first_one_shows_progress(capsys, monkeypatch):
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  for process, lines in enumerate([2, 0]):
+    monkeypatch.setattr(jax, "process_index", lambda k=process: k)
+    assert list(console.progress([7, 8], "x")) == [7, 8]
+    with console.progress(description="y", total=1) as bar:
+      bar.set_postfix_str("z", refresh=False)
+      bar.update()
+    err = capsys.readouterr().err
+    assert err.count("x: ") == err.count("y: ") == lines
+
+
+def test_progress_alone_does_not_start_the_devices(capsys, monkeypatch):
+  monkeypatch.setattr(jax, "process_index", None)  # it would
+  list(console.progress([1, 2], "x"))
+  assert "x: 2/2" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -117,11 +118,13 @@ def assert_same_end(workdir, other):
 
 def test_two_processes_are_as_one(start, one, tmp_path):
   processes = start_two(start, tmp_path / "two")
-  (out, _), (quiet, _) = [finish(p) for p in processes]
+  (out, err), (quiet, quiet_err) = [finish(p) for p in processes]
   assert_same_end(tmp_path / "two", one)
   # The first one tells, the other one is quiet and does not evaluate.
   assert "the branches learn" in out
   assert [x for x in quiet.splitlines() if not x.startswith("[Gloo]")] == []
+  assert f"train: {LAST_STEP}/{LAST_STEP}" in err
+  assert not re.search(r"^[a-z ]+: \d+/\d+ \[", quiet_err, re.MULTILINE)
   metrics = (tmp_path / "two" / "metrics.jsonl").read_text()
   assert metrics.count('"val/pq"') == 1
   assert metrics.count('"val_averaged/pq"') == 1

@@ -7,6 +7,7 @@ configuration is tests/configs/tiny.py.
 import contextlib
 import ctypes
 import gzip
+import itertools
 import json
 import os
 import pathlib
@@ -161,7 +162,7 @@ def test_the_other_tasks(task, run, fault, tmp_path):
   assert 0 <= metrics["coco"]["ap"] <= 100
   main = {"instance": "map50", "detection": "map"}[task]
   logged = lines(workdir)
-  assert [x["step"] for x in logged if f"val/{main}" in x] == [8]
+  assert [x["step"] for x in logged if f"val/{main}" in x] == [8, 11]
   terms = {k for x in logged for k in x if k.startswith("loss/")}
   assert "loss/semantic" not in terms
   assert ("loss/instance" in terms) == (task == "instance")
@@ -186,7 +187,11 @@ def test_a_run_logs_each_interval_once(finished):
   logged = lines(finished[0])
   steps = [x["step"] for x in logged if "loss/total" in x]
   assert steps == list(range(2, LAST_STEP + 1, 2))
-  assert [x["step"] for x in logged if "val/pq" in x] == [8]
+  assert evaluated_steps(finished[0]) == [8, LAST_STEP]
+  evaluated = [x for x in logged if "val/pq" in x]
+  metrics = json.loads((finished[0] / "evaluation/metrics.json").read_text())
+  assert evaluated[-1]["val/pq"] == metrics["all"]["pq"]
+  assert evaluated[-1]["val/miou"] == metrics["semantic"]["miou"]
   terms = {k for x in logged for k in x if k.startswith("loss/")}
   names = "tags", "mil", "refinement_1", "refinement_2", "instance", "semantic"
   assert terms == {f"loss/{name}" for name in (*names, "total")}
@@ -489,16 +494,15 @@ def kill_in_a_save(process, workdir):
   return last_checkpoint(workdir)
 
 
-def interrupt_at(process, number, *, line):
+def interrupt_at(process, number, *, line, skip=0):
   """Sends a signal when stdout or stderr has a line: (stdout, exit code).
 
-  The other one of the two must fit into a pipe until then.
+  The other one of the two must fit into a pipe until then. The first `skip`
+  lines that begin so are passed over.
   """
   stream = process.stderr if ": 0/" in line else process.stdout
-  for found in stream:
-    if found.startswith(line):
-      break
-  else:
+  found = (x for x in stream if x.startswith(line))
+  if not next(itertools.islice(found, skip, None), None):
     pytest.fail(f"ended without {line!r}: {process.communicate()}")
   process.send_signal(number)
   sent = time.monotonic()
@@ -619,10 +623,11 @@ def test_signals_at_any_moment_lose_nothing(
   finished, prepared, start, run, tmp_path
 ):
   workdir = tmp_path / "stopped"
-  flags = "--mode=train", *prepared
+  # The second evaluation is that of the last step.
+  flags = "--mode=train", "--config.train.evaluate_every=7", *prepared
 
-  def interrupt(number, line):
-    return interrupt_at(start(workdir, *flags), number, line=line)
+  def interrupt(number, line, **options):
+    return interrupt_at(start(workdir, *flags), number, line=line, **options)
 
   # Before the first step.
   said, code = interrupt(signal.SIGTERM, "data: shapes")
@@ -634,15 +639,30 @@ def test_signals_at_any_moment_lose_nothing(
   assert "SIGINT: stops after this step" in said
   assert "stopped and saved" in said
   assert last_checkpoint(workdir) >= 3
-  # In the evaluation of step 8, which the next one does again.
-  said, code = interrupt(signal.SIGINT, "evaluate: 0/")
-  assert code == 130
-  assert last_checkpoint(workdir) == 8
-  assert not [x for x in lines(workdir) if "val/pq" in x]
+  # In the evaluation of step 7, which the next one does again; then in the one
+  # of the last step.
+  for skip, step, before in ((0, 7, []), (1, LAST_STEP, [7])):
+    said, code = interrupt(signal.SIGINT, "evaluate: 0/", skip=skip)
+    assert code == 130
+    assert last_checkpoint(workdir) == step
+    assert evaluated_steps(workdir) == before
   out, _ = run(workdir, *flags)
-  assert f"going on from step 8 of {LAST_STEP}" in out
-  assert [x["step"] for x in lines(workdir) if "val/pq" in x] == [8]
+  assert f"going on from step {LAST_STEP} of {LAST_STEP}" in out
+  assert evaluated_steps(workdir) == [7, LAST_STEP]
+  found = {x["step"]: x["val/pq"] for x in lines(workdir) if "val/pq" in x}
+  best = max(found, key=found.get)  # of equal ones the first
+  assert [p.name for p in (workdir / "best").iterdir()] == [str(best)]
   assert_same_end(workdir, finished[0])
+  # Nothing is left to do.
+  out, err = run(workdir, *flags)
+  assert "going on" not in out
+  assert "evaluate" not in err
+  assert evaluated_steps(workdir) == [7, LAST_STEP]
+
+
+def evaluated_steps(workdir):
+  """The steps whose evaluation was logged."""
+  return [x["step"] for x in lines(workdir) if "val/pq" in x]
 
 
 def test_numbers_that_are_not_finite_stop_a_run(prepared, start, tmp_path):

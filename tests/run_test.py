@@ -1,5 +1,6 @@
 """Modes within this process; end_to_end_test.py runs the whole program."""
 
+import json
 import pathlib
 
 import ml_collections
@@ -145,6 +146,67 @@ def test_a_schedule_is_checked_until_something_is_trained(
   assert not list(tmp_path.iterdir())
   monkeypatch.setattr(run, "_is_trained", lambda workdir: True)
   run.run(config, tmp_path, mode="audit")
+
+
+def test_settings_of_a_run_that_trains_stay(root, tmp_path, monkeypatch):
+  config = _config(root, "data0")
+  run.propose(config, tmp_path, prepared.open_prepared(config.data.prepared))
+  path = tmp_path / "config.json"
+
+  def told():
+    return json.loads(path.read_text())["train"]["learning_rate"]
+
+  rate = config.train.learning_rate
+  second = config.copy_and_resolve_references()
+  second.train.learning_rate = rate / 2
+
+  def train_while_others_start(*args, **kwargs):
+    assert told() == rate
+    with pytest.raises(InputError, match="another process trains there"):
+      run.run(second, tmp_path, mode="train")
+    run.run(second, tmp_path, mode="propose")
+    assert told() == rate
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+
+  monkeypatch.setattr(run, "run_training", train_while_others_start)
+  # Before it trains, they may still change.
+  run.claim_workdir(tmp_path, second)
+  run.run(config, tmp_path, mode="train")
+  run.claim_workdir(tmp_path, config)
+
+
+def test_settings_are_compared_again_before_training(
+  root, tmp_path, monkeypatch
+):
+  # Another one has trained in the time that the proposals have taken.
+  config = _config(root, "data0")
+  other = config.copy_and_resolve_references()
+  other.train.learning_rate /= 2
+  propose = run.propose
+
+  def propose_while_another_trains(*args):
+    run.claim_workdir(tmp_path, other)
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    return propose(*args)
+
+  monkeypatch.setattr(run, "propose", propose_while_another_trains)
+  with pytest.raises(InputError, match="belongs to a run of other settings"):
+    run.run(config, tmp_path, mode="train")
+
+
+def test_a_first_checkpoint_that_was_not_finished_binds_nothing(root, tmp_path):
+  config = _config(root, "data0")
+  run.claim_workdir(tmp_path, config)
+  # What a killed process leaves: a folder without its last rename.
+  (tmp_path / "checkpoints" / "500.orbax-checkpoint-tmp").mkdir(parents=True)
+  config.train.learning_rate = 0.5
+  run.claim_workdir(tmp_path, config)
+  with pytest.raises(InputError, match="there are no checkpoints"):
+    run.run(config, tmp_path, mode="evaluate")
+  (tmp_path / "checkpoints" / "500").mkdir()
+  config.train.learning_rate = 0.25
+  with pytest.raises(InputError, match=r"learning_rate = 0\.25, there 0\.5"):
+    run.claim_workdir(tmp_path, config)
 
 
 def test_data_and_proposals_in_a_bucket(root, bucket, tmp_path, monkeypatch):

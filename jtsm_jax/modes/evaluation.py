@@ -30,7 +30,7 @@ from jtsm_jax.evaluation.predict import (
   learn_calibration,
   predict,
 )
-from jtsm_jax.evaluation.tables import final_table
+from jtsm_jax.evaluation.tables import final_table, main_measures
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.modes.trained import (
   jsonable,
@@ -44,6 +44,7 @@ from jtsm_jax.reporting import stages
 from jtsm_jax.reporting.predictions import collect, write_prediction
 from jtsm_jax.reporting.visualize import write_image
 from jtsm_jax.train import build, checkpoints
+from jtsm_jax.train.metrics import MetricWriter
 
 Config = ml_collections.ConfigDict
 
@@ -53,8 +54,19 @@ def run_evaluation(
   workdir: pathlib.Path,
   data: PreparedData,
   store: stores.ProposalStore,
+  *,
+  logs: bool = False,
 ) -> None:
-  """Evaluates the last checkpoint: table, metrics.json and pictures."""
+  """Evaluates the last checkpoint: table, metrics.json and pictures.
+
+  Args:
+    config: see configs/base.py.
+    workdir: folder of the run.
+    data: the split "val" is evaluated.
+    store: proposals of its images.
+    logs: the training has ended here: add to its metrics what it has not
+      evaluated itself.
+  """
   model = build.build_model(config, data.categories)
   step, variables = checkpoints.restore_variables(
     workdir / "checkpoints", averaged=config.evaluation.ema
@@ -114,6 +126,12 @@ def run_evaluation(
     result["corloc"] = corloc
   made_with = key | {"settings": jsonable(config.evaluation), "split": "val"}
   write_metrics(folder_ / "metrics.json", made_with | result)
+  if logs:
+    group = "val_averaged" if config.evaluation.ema else "val"
+    with MetricWriter(workdir) as writer:
+      if not writer.has(f"{group}/", step=step):
+        found = main_measures(result)
+        writer.write(step, {f"{group}/{k}": v for k, v in found.items()})
   print(final_table(result, corloc))
   print(f"\nfigures    {folder_ / 'metrics.json'}")
   print(f"predicted  {folder_ / 'predictions'}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import pathlib
 from typing import Any
@@ -27,7 +26,6 @@ from jtsm_jax.proposals import store as stores
 from jtsm_jax.reporting import stages
 from jtsm_jax.reporting.visualize import write_image
 from jtsm_jax.train import build
-from jtsm_jax.train.claim import alone_in
 from jtsm_jax.train.loop import train
 from jtsm_jax.train.stopping import Stopping
 
@@ -46,8 +44,9 @@ def run_training(
 ) -> None:
   """Trains to the last step, evaluating on the way where there are targets.
 
+  Call it inside `alone_in(workdir)`.
+
   Raises:
-    InputError: another process trains in `workdir`.
     Stopped: a signal has come; the state is saved.
   """
   model = build.build_model(config, data.categories)
@@ -78,9 +77,8 @@ def run_training(
     _draw_mined, workdir / "mining", data, with_fallback(store)
   )
   has_truth = has_truth_for_task(config, data)
-  is_first = jax.process_index() == 0  # the others share its claim
-  claim = alone_in(workdir) if is_first else contextlib.nullcontext()
-  with claim, Stopping() as stopping:
+  is_first = jax.process_index() == 0
+  with Stopping() as stopping:
     train(
       config,
       workdir,

@@ -115,6 +115,12 @@ def best_score(manager: ocp.CheckpointManager) -> float:
   return manager.restore(step, args=args)["score"]["score"]
 
 
+def steps_in(directory: pathlib.Path) -> list[int]:
+  """The steps of the complete checkpoints in a folder, which may be absent."""
+  # The others have longer names.
+  return [int(p.name) for p in directory.glob("[0-9]*") if p.name.isdigit()]
+
+
 def restore_latest(
   manager: ocp.CheckpointManager,
   template_at: Callable[[int], tuple[TrainState, list[Any]]],
@@ -122,7 +128,9 @@ def restore_latest(
   """Restores the newest checkpoint that can be read.
 
   A damaged one is named in a warning and the one before it is taken. It is
-  moved out of the folder, since the run will save the same step again.
+  moved out of the folder, since the run will save the same step again. Segments
+  in flight that do not fit are left out with a warning: the data were prepared
+  anew, and the branches learn from the next ones.
 
   Args:
     manager: from `open_checkpoints`.
@@ -139,24 +147,42 @@ def restore_latest(
   steps = sorted(manager.all_steps(), reverse=True)
   for tried, step in enumerate(steps):
     state, in_flight = template_at(step)
-    args = ocp.args.Composite(
-      state=ocp.args.StandardRestore(state),
-      in_flight=ocp.args.StandardRestore(_in_flight_tree(in_flight)),
-    )
+    path = manager.directory / str(step)
+    parts = {"state": state, "in_flight": _in_flight_tree(in_flight)}
     try:
-      path = manager.directory / str(step)
-      misfits = _misfits(_saved_leaves(path), _leaves(state))
-      restored = None if misfits else manager.restore(step, args=args)
+      misfits = {
+        name: _misfits(_saved_leaves(path / name), _leaves(tree))
+        for name, tree in parts.items()
+      }
+      args = {
+        name: ocp.args.StandardRestore(tree)
+        for name, tree in parts.items()
+        if not misfits[name]
+      }
+      restored = (
+        None
+        if misfits["state"]
+        else manager.restore(step, args=ocp.args.Composite(**args))
+      )
     except Exception as error:  # Orbax raises many kinds for damaged files.
-      _warn_damaged(manager.directory / str(step), error)
+      _raise_if_memory(error)
+      _warn_damaged(path, error)
       continue
-    if misfits:
+    if misfits["state"]:
       raise InputError(
         f"{path} does not fit the model of this configuration:\n  "
-        + "\n  ".join(misfits)
+        + "\n  ".join(misfits["state"])
         + "\nGive another --workdir, or the settings that it was made with"
       )
     _set_aside(manager, steps[:tried])
+    if misfits["in_flight"]:
+      logging.warning(
+        "%s: the segments that wait for their masks do not fit the data (%s); "
+        "they are left out",
+        path,
+        misfits["in_flight"][0],
+      )
+      return restored["state"], []
     return restored["state"], restored["in_flight"]["mined"]
   if steps:
     raise InputError(
@@ -187,11 +213,12 @@ def restore_variables(
     raise InputError(f"{directory}: there are no checkpoints; {remedy}")
   params = "ema" if averaged else "params"
   # No manager: the run may be saving another one at this moment.
-  for step in sorted(_steps_in(directory), reverse=True):
+  for step in sorted(steps_in(directory), reverse=True):
     path = directory.absolute() / str(step)
     try:
       state = _restore_arrays(path, (params, "model_state"))
     except Exception as error:  # Orbax raises many kinds for damaged files.
+      _raise_if_memory(error)
       _warn_damaged(path, error)
       continue
     if params not in state:
@@ -226,7 +253,7 @@ def weights_from(
       are missing or of other shapes; the message names every one of them.
   """
   directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-  steps = _steps_in(directory)
+  steps = steps_in(directory)
   if steps and not (directory / "state").is_dir():
     directory = directory / str(max(steps))
   if not (directory / "state").is_dir():
@@ -237,6 +264,7 @@ def weights_from(
   try:
     state = _restore_arrays(directory, ("params", "model_state"))
   except Exception as error:  # Orbax raises many kinds for damaged files.
+    _raise_if_memory(error)
     raise InputError(
       f"--init_from: {directory} cannot be read ({error}); give another one"
     ) from error
@@ -274,7 +302,7 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 def _saved_leaves(path: pathlib.Path) -> dict[str, Any]:
   with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-    return _leaves(handler.metadata(path / "state").tree)
+    return _leaves(handler.metadata(path).tree)
 
 
 def _misfits(
@@ -325,11 +353,6 @@ def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
   manager.reload()
 
 
-def _steps_in(directory: pathlib.Path) -> list[int]:
-  """Of the complete checkpoints: the others have longer names."""
-  return [int(p.name) for p in directory.glob("[0-9]*") if p.name.isdigit()]
-
-
 @contextlib.contextmanager
 def _disk_faults(directory: Any) -> Iterator[None]:
   """Says in one message what TensorStore and the system say in pages."""
@@ -342,7 +365,7 @@ def _disk_faults(directory: Any) -> Iterator[None]:
     reason = os.strerror(int(code[1])) if code else error.strerror
     if isinstance(error, TimeoutError):  # Orbax waits by the wall clock
       reason = "it takes too long, or the clock was set while it was written"
-    whole = sorted(_steps_in(pathlib.Path(directory)))
+    whole = sorted(steps_in(pathlib.Path(directory)))
     raise InputError(
       f"{directory}: a checkpoint cannot be written ({reason}). Those of the "
       f"steps {whole} are whole. Free some space, or see to the disk, and give "
@@ -353,6 +376,12 @@ def _disk_faults(directory: Any) -> Iterator[None]:
 def _is_not_raised_too(record: Any) -> bool:
   """False for the tracebacks that Orbax logs beside raising the error."""
   return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _raise_if_memory(error: Exception) -> None:
+  """Raises what tells of the machine, and nothing of the files."""
+  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+    raise error
 
 
 def _warn_damaged(path: Any, error: Exception) -> None:

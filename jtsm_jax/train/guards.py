@@ -30,7 +30,8 @@ def check_finite(
     step: that they belong to.
     batches: host batches that the step has learnt from, by what it learnt.
     source: the split, for the images' ids.
-    workdir: gets `nonfinite_step_N.npz` and `nonfinite_step_N.json`.
+    workdir: gets `nonfinite_step_N.npz` and `nonfinite_step_N.json`; of several
+      processes each adds "_process_K" to the names, for its own images.
 
   Raises:
     FloatingPointError: names the step, the values, the images and the files.
@@ -48,7 +49,11 @@ def check_finite(
     name: [source.image_ids[i] for i in batch.image_index if i >= 0]
     for name, batch in batches.items()
   }
-  path = workdir / f"nonfinite_step_{step}.npz"
+  suffix, whose = "", ""
+  if jax.process_count() > 1:  # in one folder, each with other rows
+    suffix = f"_process_{jax.process_index()}"
+    whose = f" of process {jax.process_index()}"
+  path = workdir / f"nonfinite_step_{step}{suffix}.npz"
   arrays = {
     f"{name}/{field}": np.asarray(value)
     for name, batch in batches.items()
@@ -66,10 +71,10 @@ def check_finite(
   }
   path.with_suffix(".json").write_text(json.dumps(report, indent=1))
   raise FloatingPointError(
-    f"step {step} gave no finite {', '.join(bad)}: {watched}; its images were "
-    f"{ids}. Its update was left out, and the checkpoint before it is whole. "
-    f"The batch is in {path}. The same command tries again from that "
-    "checkpoint; a lower --config.train.learning_rate, or a "
+    f"step {step} gave no finite {', '.join(bad)}: {watched}; its images"
+    f"{whose} were {ids}. Its update was left out, and the checkpoint before "
+    f"it is whole. The batch is in {path}. The same command tries again from "
+    "that checkpoint; a lower --config.train.learning_rate, or a "
     f"--config.train.rise, needs another --workdir, with --init_from={workdir} "
     "to keep what was learnt"
   )

@@ -60,9 +60,10 @@ def train(
     data: the split "train" is read.
     store: proposals of its images.
     stopping: listens to signals.
-    evaluate: called every `config.train.evaluate_every` steps (0: never), by
-      the first process, with variables; returns metrics, whose first one
-      decides the best checkpoint, and pictures.
+    evaluate: called every `config.train.evaluate_every` steps (0: never), the
+      last one included where it is a multiple, by the first process, with
+      variables; returns metrics, whose first one decides the best checkpoint,
+      and pictures.
     show_mined: called every `config.train.images_every` steps (0: never) and in
       the last one, with a batch, its mined segments and, with branches, the
       futures of their masks; returns pictures.
@@ -95,7 +96,22 @@ def train(
       restored = setup.begin(run, setup.first_variables(run), 0), []
     state, waiting = restored
     first_step = int(state.step)
-    if first_step == run.last_step:
+    writer.truncate_after(first_step)
+
+    def is_evaluated(step: int) -> bool:
+      return (
+        evaluate is not None
+        and step > run.warm_up_steps
+        and config.train.evaluate_every
+        and step % config.train.evaluate_every == 0
+      )
+
+    # Perhaps the run before was stopped just after an evaluation.
+    is_known = np.bool_(writer.has("val/", step=first_step))
+    evaluated = first_step if broadcast_one_to_all(is_known) else None
+    if first_step == run.last_step and (
+      not is_evaluated(first_step) or first_step == evaluated
+    ):
       return
     if first_step:
       say(f"train: going on from step {first_step} of {run.last_step}")
@@ -149,14 +165,6 @@ def train(
       mined = [item.mined for item in in_flight]
       checkpoints.save(manager, state, mined, config=settings, score=score)
 
-    def is_evaluated(step: int) -> bool:
-      return (
-        evaluate is not None
-        and step > run.warm_up_steps
-        and config.train.evaluate_every
-        and step % config.train.evaluate_every == 0
-      )
-
     def evaluate_state(step: int) -> None:
       """Metrics and pictures, and the checkpoint if it is the best so far."""
       variables = to_host(state.variables)
@@ -189,7 +197,6 @@ def train(
     batches = setup.batches_from(run, first_step, load_images=cache is None)
 
     # What is told on the way.
-    writer.truncate_after(first_step)
     if not first_step:
       measure = {"panoptic": "pq", "instance": "map50", "detection": "map"}
       measures = [f"val/{measure[config.task]}"] if evaluate else []
@@ -205,10 +212,6 @@ def train(
       )
     )
 
-    # Perhaps the run before was stopped just after an evaluation.
-    is_known = np.bool_(writer.has("val/", step=first_step))
-    evaluated = first_step if broadcast_one_to_all(is_known) else None
-
     # The trace, which is written whenever the run ends within its steps.
     trace = stack.enter_context(contextlib.ExitStack())
     first_traced, last_traced = profile or (0, 0)
@@ -220,15 +223,17 @@ def train(
     # The steps.
     stopping.defer()
     check = None
-    for step in range(first_step, run.last_step):
+    for step in range(first_step, run.last_step + 1):
+      if is_evaluated(step) and step != evaluated:
+        with stopping.at_once(), meter.paused():
+          evaluate_state(step)
+      if step == run.last_step:
+        break
       if step == run.warm_up_steps > 0:
         with stopping.at_once(), meter.paused():
           state = setup.begin(run, to_host(state.variables), step)
           cache = open_cache()
           batches = setup.batches_from(run, step, load_images=cache is None)
-      if is_evaluated(step) and step != evaluated:
-        with stopping.at_once(), meter.paused():
-          evaluate_state(step)
       if step == run.branch_start > 0 and run.learns_branches(step):
         say(f"train: from step {step} on the branches learn; steps take longer")
       if step == first_traced < last_traced:
@@ -248,8 +253,8 @@ def train(
         if run.learns_branches(step):
           in_flight.append(item)
           # With a lag the host need not wait for what is mined right now.
-          for waiting in [*in_flight][: len(in_flight) - min(lag, 1)]:
-            ask_for_masks(waiting)
+          for due in [*in_flight][: len(in_flight) - min(lag, 1)]:
+            ask_for_masks(due)
           if len(in_flight) > lag:
             item = in_flight.popleft()
             with meter.waiting("reestimation"):

@@ -16,8 +16,11 @@ from jtsm_jax.console import say
 _AGAIN = 3  # seconds after which a signal that was not heeded is raised again
 
 
-class Stopped(Exception):  # noqa: N818 (no error)
+class Stopped(BaseException):
   """The run was asked to stop, and what it has learnt is saved.
+
+  No `Exception`, as KeyboardInterrupt is none: nobody on the way is to take it
+  for a fault of what was just being done.
 
   Attributes:
     signal: SIGTERM or SIGINT.

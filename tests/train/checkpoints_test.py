@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -10,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from jtsm_jax.train import checkpoints
 from jtsm_jax.train.state import TrainState
+from jtsm_jax.train.stopping import Stopped
 from jtsm_jax.types import InputError
 from tests import tiny
 
@@ -190,6 +193,61 @@ def test_every_misfit_is_named(tmp_path):
   assert "model_state/constants/mean (3,) has no place" in message
   assert "--workdir" in message
   assert (tmp_path / "2").is_dir()  # it is not damaged
+
+
+@pytest.mark.parametrize(
+  "wanted", [[_mined(5, slots=4)] * 2, [_mined(5)], [_mined(5)] * 3, []]
+)
+def test_segments_that_do_not_fit_are_left_out(tmp_path, caplog, wanted):
+  # Photos were added since: more classes in an image make more slots.
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    _save(manager, 3)
+    _save(manager, 7, in_flight=[_mined(1), _mined(2)])
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    state, mined = checkpoints.restore_latest(manager, _template(*wanted))
+    assert sorted(manager.all_steps()) == [3, 7]
+  _assert_equal(state, _state(7))
+  assert mined == []
+  told = [
+    r.getMessage() for r in caplog.records if "left out" in r.getMessage()
+  ]
+  assert len(told) == 1
+  assert str(tmp_path / "7") in told[0]
+  assert "damaged" not in caplog.text
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    MemoryError(),
+    RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."),
+    Stopped(signal.SIGTERM),
+  ],
+)
+def test_what_is_no_damage_is_raised(tmp_path, monkeypatch, error):
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    _save(manager, 2)
+    _save(manager, 4)
+  mine = _state(0).variables
+
+  def fail(*args, **kwargs):
+    raise error
+
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    monkeypatch.setattr(manager, "restore", fail)
+    with pytest.raises(type(error)) as found:
+      checkpoints.restore_latest(manager, _template())
+    assert found.value is error
+  monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
+  for read in (
+    checkpoints.restore_variables,
+    lambda path: checkpoints.weights_from(path, mine, skip=()),
+  ):
+    with pytest.raises(type(error)) as found:
+      read(tmp_path)
+    assert found.value is error
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "4"]
+  assert [p.name for p in tmp_path.parent.iterdir()] == ["checkpoints"]
 
 
 def test_weights_of_another_run(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def check(metrics, workdir, **batches):
   check_finite(
     {name: jnp.float32(value) for name, value in metrics.items()},
     step=31,
-    batches={"batch": BATCH, **batches},
+    batches={"batch": BATCH} | batches,
     source=SOURCE,
     workdir=workdir,
   )
@@ -60,3 +61,25 @@ def test_a_bad_number_is_told_with_its_images(name, value, tmp_path):
       expected = getattr(padded, field.name)
       if expected is not None:
         np.testing.assert_array_equal(found[f"branches/{field.name}"], expected)
+
+
+def test_each_process_writes_its_own_rows(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  bad = GOOD | {"loss/mil": np.nan}
+  for process, ids in enumerate([[0, 2], [1, -1]]):
+    monkeypatch.setattr(jax, "process_index", lambda k=process: k)
+    rows = tiny.make_batch(2, seed=process)
+    rows = rows.replace(image_index=np.array(ids, np.int32))
+    with pytest.raises(FloatingPointError) as error:
+      check(bad, tmp_path, batch=rows)
+    path = tmp_path / f"nonfinite_step_31_process_{process}.npz"
+    assert str(path) in str(error.value)
+    assert f"images of process {process}" in str(error.value)
+  for process, ids in enumerate([["cow_1", "cow_3"], ["cow_2"]]):
+    path = tmp_path / f"nonfinite_step_31_process_{process}.npz"
+    assert json.loads(path.with_suffix(".json").read_text())["images"] == {
+      "batch": ids
+    }
+    with np.load(path) as found:
+      rows = tiny.make_batch(2, seed=process)
+      np.testing.assert_array_equal(found["batch/images"], rows.images)
