@@ -5,10 +5,10 @@
         --config.backbone.pretrained=resnet18_ws_model_120.pkl
 
 The rows are the keys of `ROWS`; what is needed: as configs/voc2012_panoptic.py.
-`benchmarks/tables.py` runs the same rows in small, on any configuration.
+`benchmarks/tables.py` runs the same rows in small.
 
 Hardware: 4 GPUs in the paper. PQ of the paper stands beside each row; not
-measured here on VOC, but on the embedded set, see the README.
+measured here on VOC.
 """
 
 from typing import Any, NamedTuple

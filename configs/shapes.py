@@ -13,7 +13,7 @@ from configs import small_data
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Square pictures; heads that keep the bins of a segment apart."""
+  """Square pictures; a neck; heads that keep the bins of a segment apart."""
   c = small_data.get_config()
   c.data.name = "shapes"
   c.data.canvases = ((320, 320),)
@@ -24,7 +24,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.backbone.outputs = ("stage3", "stage5", "head")
   c.backbone.projection = 64
   c.pooling.output_size = (4, 4)
+  c.neck.widths = (512, 512)
   c.neck.share_input_dropout = True
+  c.heads.num_refinements = 4
   c.train.steps = 1300
   c.train.boundaries = (900,)
   c.reestimation.start = 1000
