@@ -3,8 +3,8 @@
     python main.py --config=configs/shapes.py --workdir=runs/demo
 
 Hardware: 2 CPU cores, minutes. Backbone: EfficientNet-Lite0 with ImageNet
-weights, frozen. PQ 76.8 (things 70.4, stuff 89.5), seeds 0 to 2 between 76.3
-and 77.2.
+weights, frozen. PQ 79.4 (things 74.2, stuff 90.0), --config.seed=0, 1 and 2
+between 78.9 and 80.3.
 """
 
 import ml_collections
