@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.instance.channels = 64
   c.semantic.channels = 64
   c.reestimation.longest_side = 160
-  c.reestimation.iterations = 2  # half the time of 5; IoU with its masks .99
+  c.reestimation.iterations = 2  # less time than 5, nearly the same masks
   c.losses.instances_per_image = 8
 
   c.train.batch_size = 8

@@ -69,7 +69,7 @@ def depthwise_conv(
 ) -> jax.Array:
   """Convolves every channel with its own kernel, with SAME padding.
 
-  XLA's grouped convolution is 15 to 35 times slower on a CPU than a sum of
+  XLA's grouped convolution is many times slower on a CPU than a sum of
   shifted copies, so CPUs get the sum; accelerators keep the convolution.
 
   Args:

@@ -348,18 +348,22 @@ def _stuff_map(scores, proposals, views, i, present, num_things, *, share):
   chosen = np.flatnonzero(present[num_things:])
   # A class of its own where there is nothing, or no stuff at all.
   classes = np.concatenate([[-1], num_things + chosen]).astype(np.int32)
+  votes = votes[:, num_things + chosen]
+  grids = []
+  if views[0].semantic is not None and share > 0:
+    grids = [view.semantic[i][..., 1 + chosen] for view in views]
   height, width = shape = proposals.superpixels.shape
   label, score = np.empty(shape, np.int32), np.empty(shape, np.float32)
   # All classes of a whole photograph would fill the memory.
   step = max(_PIXELS_AT_A_TIME // width, 1)
   for top in range(0, height, step):
     rows = slice(top, min(top + step, height))
-    stuff = votes[:, num_things + chosen][proposals.superpixels[rows]]
-    if views[0].semantic is not None and share > 0:
+    stuff = votes[proposals.superpixels[rows]]
+    if grids:
       probability = np.zeros(stuff.shape, np.float32)
-      for view in views:
+      for view, grid in zip(views, grids, strict=True):
         shown = _to_image(
-          view.semantic[i][..., 1 + chosen],
+          grid,
           view.batch.size[i],
           shape,
           view.batch.superpixels.shape[1:],

@@ -145,8 +145,10 @@ def mining_loss(
     )
     metrics["loss/cells"] = term
     loss += term
+    # Labels come of it, so nothing is differentiated.
+    constant = jax.lax.stop_gradient(logits)
     scores = overlap = cells.tagged_overlap(
-      logits, batch, inside, advantage=losses.tag_advantage
+      constant, batch, inside, advantage=losses.tag_advantage
     )
   for r, logits in enumerate(outputs.refinement_logits):
     mined = labels.mine(scores, outputs.image_scores, batch, **options)
