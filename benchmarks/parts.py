@@ -47,6 +47,9 @@ PARTS: dict[str, dict[str, Any]] = {
   "masks of the proposals alone": {"evaluation.mask_share": 0.0},
   "stuff of the branch and the cells alone": {"evaluation.semantic_share": 1.0},
   "stuff of the proposals alone": {"evaluation.semantic_share": 0.0},
+  "stuff also where the branch finds things": {
+    "evaluation.thing_channel": False
+  },
   "no mirror images": {"evaluation.flip": False},
   # Of the training.
   "no cell head": {"cells.enabled": False},

@@ -49,7 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
       (-(-short * 4 // 3) // 32 * 32, short),
     )
   )
-  c.data.flip = True
+  c.data.flip = True  # the authors' code does; section 4.1: at test time
   # Parts of the images are shown, whose height and width are each at least this
   # share of the image's; 0.9 in the authors' code. Tags stay the image's own.
   c.data.crop = 1.0
@@ -152,6 +152,7 @@ def get_config() -> ml_collections.ConfigDict:
   c.losses = ml_collections.ConfigDict()
   c.losses.mil_reduction = "sum"  # over classes; "mean" in the authors' code
   c.losses.refinement_reduction = "mean"  # over proposals; Eq. 3: "sum"
+  # Proposals of things that the instance branch learns from; Eq. 9: all.
   c.losses.instances_per_image = 64
   c.losses.weight_instances = True  # y of Eq. 9; False in the authors' code
   c.losses.mask_stride = 4  # canvas pixels per cell of a pseudo mask
@@ -207,7 +208,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.images_every = 1000
   c.train.checkpoint_every = 1000
   c.train.keep_checkpoints = 2  # the last ones; the best one is kept besides
-  c.train.evaluate_every = 5000  # 0 = not while it trains
+  # 0 = not while it trains. One device does it: a test image costs as much as
+  # several training images (docs/reproduce.md).
+  c.train.evaluate_every = 20_000
   c.train.loader_threads = 2  # that make batches
   # Processes that make batches, each with so many threads; for hosts of many
   # cores. 0: this process makes them.
@@ -252,8 +255,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.evaluation.mil_share = 0.0  # of S^MIL in the average of the heads
   c.evaluation.mask_share = 1.0  # of the instance branch, against proposals
   c.evaluation.semantic_share = 1.0  # of the semantic branch, against votes
+  c.evaluation.thing_channel = True  # no stuff where the branch finds a thing
   c.evaluation.nms_iou = 0.5
-  c.evaluation.nms_kind = "masks"  # whose IoU it is; "boxes" for detection
+  c.evaluation.nms_kind = "masks"  # whose IoU; "boxes" in the authors' code
   c.evaluation.max_detections = 100
   c.evaluation.instance_score = 0.5
   c.evaluation.instance_overlap = 0.5

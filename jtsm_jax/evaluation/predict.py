@@ -53,6 +53,8 @@ class PredictionSettings:
       1 takes the branch alone (paper).
     semantic_share: weight of the semantic branch against the votes of the
       proposals; 1 takes the branch alone (paper).
+    thing_channel: where the semantic branch finds a thing likelier than any
+      stuff there is no stuff; what no detection covers there is void.
     show_present: the scores of a thing that the image shows, by the threshold
       of its image score, are raised so that the best one reaches
       `fusion.instance_score`. What covers it can still keep it out of the
@@ -71,6 +73,7 @@ class PredictionSettings:
   flip: bool = False
   mask_share: float = 1.0
   semantic_share: float = 1.0
+  thing_channel: bool = True
   show_present: bool = False
   outline_rounds: int = 0
   detection: DetectionSettings = dataclasses.field(
@@ -138,48 +141,32 @@ def predict(
         size = tuple(int(side) for side in source.sizes[index])
         proposals = get_proposals(source.image_ids[index], size)
         proposals = proposals.best(settings.max_proposals)
-        y = image_scores[i]
-        shown = y >= calibration.tag_threshold
-        present = shown.copy()
-        # Every image shows something: what comes nearest to its threshold.
-        nearest = y / np.maximum(calibration.tag_threshold, 1e-12)
-        present[nearest.argmax()] = True
-        calibrated = np.minimum(
-          scores[i, : len(proposals)] / calibration.score_scale, 1.0
+        found.append(
+          _find(
+            i,
+            int(index),
+            proposals,
+            scores[i, : len(proposals)],
+            image_scores[i],
+            calibration=calibration,
+            num_things=num_things,
+            settings=settings,
+          )
         )
-        calibrated = calibrated * present
-        things = calibrated[:, :num_things]
-        if settings.show_present:
-          raised = raise_to(things, settings.fusion.instance_score)
-          things = np.where(shown[:num_things], raised, things)
-        detections = detect(things, proposals, settings=settings.detection)
-        found.append((i, proposals, y, present, calibrated, detections))
-      box_masks = None
+      box_masks = {}
       if steps.masks is not None and settings.mask_share > 0:
         box_masks = _mean_box_masks(
           steps.masks,
           views,
-          {i: detections for i, *_, detections in found},
+          found,
           limit=settings.detection.max_detections,
         )
-      for i, proposals, y, present, calibrated, detections in found:
-        index = int(views[0].batch.image_index[i])
+      for image in found:
         detections = _with_masks(
-          detections,
-          proposals,
-          box_masks[i] if box_masks is not None else None,
-          source,
-          index,
-          settings,
+          image, box_masks.get(image.row), source, settings
         )
         stuff, stuff_score = _stuff_map(
-          calibrated,
-          proposals,
-          views,
-          i,
-          present,
-          num_things,
-          share=settings.semantic_share,
+          image, views, num_things=num_things, settings=settings
         )
         panoptic = fuse(
           detections,
@@ -188,8 +175,60 @@ def predict(
           num_things=num_things,
           settings=settings.fusion,
         )
-        yield Prediction(index, panoptic, detections, calibrated, y)
+        yield Prediction(
+          image.index, panoptic, detections, image.scores, image.image_scores
+        )
         bar.update()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+  """What the scores tell of an image; its detections have no masks yet.
+
+  Attributes:
+    row: its place in the views' batches.
+    index: its position in the split.
+    proposals: the P ones that have scores.
+    scores: [P, K] float32, calibrated; 0 for classes that are absent.
+    image_scores: [K] float32, see `inference.Scores.image`.
+    present: [K] bool.
+    detections: best first.
+  """
+
+  row: int
+  index: int
+  proposals: Proposals
+  scores: np.ndarray
+  image_scores: np.ndarray
+  present: np.ndarray
+  detections: Detections
+
+
+def _find(
+  row: int,
+  index: int,
+  proposals: Proposals,
+  scores: np.ndarray,
+  image_scores: np.ndarray,
+  *,
+  calibration: ClassCalibration,
+  num_things: int,
+  settings: PredictionSettings,
+) -> _Found:
+  shown = image_scores >= calibration.tag_threshold
+  present = shown.copy()
+  # Every image shows something: what comes nearest to its threshold.
+  nearest = image_scores / np.maximum(calibration.tag_threshold, 1e-12)
+  present[nearest.argmax()] = True
+  scores = np.minimum(scores / calibration.score_scale, 1.0) * present
+  things = scores[:, :num_things]
+  if settings.show_present:
+    raised = raise_to(things, settings.fusion.instance_score)
+    things = np.where(shown[:num_things], raised, things)
+  detections = detect(things, proposals, settings=settings.detection)
+  return _Found(
+    row, index, proposals, scores, image_scores, present, detections
+  )
 
 
 def raise_to(scores: np.ndarray, least: float) -> np.ndarray:
@@ -286,41 +325,43 @@ def _score(score, source, store, settings, cache):
 
 
 def _mean_box_masks(
-  find_masks, views, detections, *, limit
+  find_masks, views: list[_View], images: list[_Found], *, limit: int
 ) -> dict[int, np.ndarray]:
-  """The instance branch's masks [N, m, m] of detections, over all views."""
+  """The instance branch's masks [N, m, m] of each row, over all views."""
   batch_size = len(views[0].batch.image_index)
   category = np.zeros((batch_size, limit), np.int32)
-  for i, found in detections.items():
-    category[i, : len(found.score)] = found.category
+  for image in images:
+    category[image.row, : len(image.detections.score)] = (
+      image.detections.category
+    )
   total = 0
   for view in views:
     boxes = np.zeros((batch_size, limit, 4), np.float32)
-    for i, found in detections.items():
-      boxes[i, : len(found.score)] = view.batch.boxes[i][found.proposal]
+    for image in images:
+      chosen = image.detections.proposal
+      boxes[image.row, : len(chosen)] = view.batch.boxes[image.row][chosen]
     masks = np.asarray(find_masks(view.features, boxes, category))
     flip = view.batch.flip[:, None, None, None]
     total = total + np.where(flip, masks[..., ::-1], masks)
   return {
-    i: total[i, : len(found.score)] / len(views)
-    for i, found in detections.items()
+    image.row: total[image.row, : len(image.detections.score)] / len(views)
+    for image in images
   }
 
 
 def _with_masks(
-  detections: Detections,
-  proposals: Proposals,
+  found: _Found,
   box_masks: np.ndarray | None,
   source: RecordSource,
-  index: int,
   settings: PredictionSettings,
 ) -> Detections:
   """Detections with their final masks, made one at a time in their boxes."""
+  detections, proposals = found.detections, found.proposals
   follows = (detections.score >= settings.fusion.instance_score) & bool(
     settings.outline_rounds
   )
   if follows.any():
-    record = source[index]
+    record = source[found.index]
     image = decode_image(record.image, name=record.image_id)
   rles = []
   for n, (y0, x0, y1, x1) in enumerate(detections.boxes):
@@ -341,17 +382,28 @@ def _with_masks(
   return dataclasses.replace(detections, rles=tuple(rles))
 
 
-def _stuff_map(scores, proposals, views, i, present, num_things, *, share):
-  """The best stuff class of each pixel of image i of the views, its score."""
-  votes = superpixel_votes(scores, proposals)
+def _stuff_map(
+  found: _Found,
+  views: list[_View],
+  *,
+  num_things: int,
+  settings: PredictionSettings,
+) -> tuple[np.ndarray, np.ndarray]:
+  """The best stuff class of each pixel, -1 for none, and its score.
+
+  [H, W] int32 and float32.
+  """
+  proposals, share = found.proposals, settings.semantic_share
+  votes = superpixel_votes(found.scores, proposals)
   votes = votes / np.maximum(votes.sum(1, keepdims=True), 1e-9)
-  chosen = np.flatnonzero(present[num_things:])
-  # A class of its own where there is nothing, or no stuff at all.
+  chosen = np.flatnonzero(found.present[num_things:])
+  # A class of its own for no stuff, which the proposals do not vote for.
   classes = np.concatenate([[-1], num_things + chosen]).astype(np.int32)
-  votes = votes[:, num_things + chosen]
+  votes = np.pad(votes[:, num_things + chosen], ((0, 0), (1, 0)))
   grids = []
   if views[0].semantic is not None and share > 0:
-    grids = [view.semantic[i][..., 1 + chosen] for view in views]
+    channels = np.concatenate([[0], 1 + chosen])
+    grids = [view.semantic[found.row][..., channels] for view in views]
   height, width = shape = proposals.superpixels.shape
   label, score = np.empty(shape, np.int32), np.empty(shape, np.float32)
   # All classes of a whole photograph would fill the memory.
@@ -364,16 +416,16 @@ def _stuff_map(scores, proposals, views, i, present, num_things, *, share):
       for view, grid in zip(views, grids, strict=True):
         shown = _to_image(
           grid,
-          view.batch.size[i],
+          view.batch.size[found.row],
           shape,
           view.batch.superpixels.shape[1:],
           rows,
         )
-        mirrored = shown[:, ::-1] if view.batch.flip[i] else shown
+        mirrored = shown[:, ::-1] if view.batch.flip[found.row] else shown
         probability += mirrored / len(views)
+      if not settings.thing_channel:
+        probability[..., 0] = 0
       stuff = share * probability + (1 - share) * stuff
-    nothing = np.zeros((*stuff.shape[:2], 1), np.float32)
-    stuff = np.concatenate([nothing, stuff], axis=-1)
     label[rows] = classes[stuff.argmax(-1)]
     score[rows] = stuff.max(-1)
   return label, score

@@ -87,6 +87,7 @@ def prediction_settings(config: Config) -> PredictionSettings:
     flip=e.flip,
     mask_share=e.mask_share,
     semantic_share=e.semantic_share,
+    thing_channel=e.thing_channel,
     show_present=e.show_present,
     # Boxes are all that a detector tells.
     outline_rounds=0 if config.task == "detection" else e.outline_rounds,

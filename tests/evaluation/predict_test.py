@@ -53,6 +53,25 @@ def _view(semantic, *, flip=False, size=(32, 64)):
   return predict_lib._View(batch, semantic and semantic[0][None], None)
 
 
+def _found(proposals, *, scores=None, present=None, detections=None, row=0):
+  """What the scores tell of an image."""
+  present = np.ones(scores.shape[1], bool) if present is None else present
+  return predict_lib._Found(
+    row, 0, proposals, scores, None, present, detections
+  )
+
+
+def _stuff_map(found, views, num_things, *, share=1.0, thing_channel=False):
+  return predict_lib._stuff_map(
+    found,
+    views,
+    num_things=num_things,
+    settings=dataclasses.replace(
+      SETTINGS, semantic_share=share, thing_channel=thing_channel
+    ),
+  )
+
+
 def test_views_come_back_to_the_image_and_are_averaged():
   proposals = _halves(16, 32)
   scores = np.zeros((2, 3), np.float32)  # 1 thing, 2 stuff: no votes
@@ -63,9 +82,7 @@ def test_views_come_back_to_the_image_and_are_averaged():
   half = np.zeros((4, 8, 3), np.float32)
   half[:2, :4, 1] = 1
   views.append(_view([half], size=(16, 32)))
-  label, score = predict_lib._stuff_map(
-    scores, proposals, views, 0, np.ones(3, bool), 1, share=1.0
-  )
+  label, score = _stuff_map(_found(proposals, scores=scores), views, 1)
   assert (label[:, :14] == 1).all()
   assert (label[:, 18:] == 2).all()
   np.testing.assert_allclose(score[:, 0], 1, atol=0.05)
@@ -76,29 +93,41 @@ def test_votes_decide_where_there_is_no_semantic_branch():
   proposals = _halves(16, 32)
   scores = np.array([[0.1, 0.8, 0.2], [0.1, 0.2, 0.8]], np.float32)
   views = [_view(None)]
-  label, _ = predict_lib._stuff_map(
-    scores, proposals, views, 0, np.ones(3, bool), 1, share=1.0
-  )
+  label, _ = _stuff_map(_found(proposals, scores=scores), views, 1)
   np.testing.assert_array_equal(label, proposals.superpixels + 1)
   absent = np.array([True, False, True])
-  label, _ = predict_lib._stuff_map(
-    scores, proposals, views, 0, absent, 1, share=1.0
-  )
+  found = _found(proposals, scores=scores, present=absent)
+  label, _ = _stuff_map(found, views, 1)
   assert (label == 2).all()
 
 
 def test_no_stuff_at_all():
-  label, score = predict_lib._stuff_map(
-    np.ones((2, 3), np.float32),
-    _halves(16, 32),
-    [_view(None)],
-    0,
-    np.ones(3, bool),
-    3,
-    share=1.0,
-  )
+  scores = np.ones((2, 3), np.float32)
+  found = _found(_halves(16, 32), scores=scores)
+  label, score = _stuff_map(found, [_view(None)], 3)
   assert (label == -1).all()
   assert (score == 0).all()
+
+
+def test_where_the_branch_finds_a_thing_there_is_no_stuff():
+  # One kind of stuff, as VOC has: without the channel of things it is
+  # everywhere.
+  scores = np.full((2, 3), 0.5, np.float32)
+  found = _found(_halves(16, 32), scores=scores)
+  semantic = np.zeros((4, 8, 2), np.float32)
+  semantic[:, :4], semantic[:, 4:] = (0.7, 0.3), (0.4, 0.6)
+  args = found, [_view([semantic])], 2
+  label, _ = _stuff_map(*args)
+  assert (label == 2).all()
+  label, score = _stuff_map(*args, thing_channel=True)
+  assert (label[:, :14] == -1).all()
+  assert (label[:, 18:] == 2).all()
+  np.testing.assert_allclose(score[:, -1], 0.6, atol=1e-6)
+  # The proposals vote for stuff, 1 / 3 of all their votes: .35 and .15 + .17.
+  label, _ = _stuff_map(*args, share=0.5, thing_channel=True)
+  assert (label[:, :14] == -1).all()
+  label, _ = _stuff_map(*args, share=0.4, thing_channel=True)
+  assert (label == 2).all()
 
 
 class _Images:
@@ -194,17 +223,20 @@ def test_box_masks_are_the_mean_of_all_views(toy):
   views, _, _ = next(
     predict_lib._score(steps.score, source, store, SETTINGS, None)
   )
-  detections = {
-    i: Detections(
+  images = []
+  for i, name in enumerate("ab"):
+    detections = Detections(
       proposal=np.array([1, 0], np.int32)[: 2 - i],
       category=np.array([2, 0], np.int32)[: 2 - i],
       score=np.ones(2 - i, np.float32),
       boxes=store[name].boxes[[1, 0]][: 2 - i],
       size=(1, 1),
     )
-    for i, name in enumerate("ab")
-  }
-  found = predict_lib._mean_box_masks(steps.masks, views, detections, limit=5)
+    scores = np.ones((2, tiny.K), np.float32)
+    images.append(
+      _found(store[name], scores=scores, detections=detections, row=i)
+    )
+  found = predict_lib._mean_box_masks(steps.masks, views, images, limit=5)
   assert found[0].shape[0] == 2
   assert found[1].shape[0] == 1
   for i, n, category, proposal in ((0, 0, 2, 1), (0, 1, 0, 0), (1, 0, 2, 1)):
@@ -389,12 +421,11 @@ def test_masks_are_those_of_the_straightforward_way(share, rounds, monkeypatch):
   sure = detections.score >= 0.5
   if rounds:
     wanted[sure] = wanted[sure][:, ::-1, ::-1]
+  scores = np.ones((len(proposals), 1), np.float32)
   found = predict_lib._with_masks(
-    detections,
-    proposals,
+    _found(proposals, scores=scores, detections=detections),
     box_masks,
     _Images(),
-    0,
     dataclasses.replace(SETTINGS, mask_share=share or 0, outline_rounds=rounds),
   )
   assert found.rles == pack(wanted)["rles"]
@@ -419,21 +450,24 @@ def test_pasted_masks_are_interpolated_between_cell_middles():
     size=(2, 6),
   )
   masks = np.array([[[0.3, 0.8], [0.3, 0.8]]], np.float32)
-  found = predict_lib._with_masks(
-    detections, proposals, masks, _Images(), 0, SETTINGS
-  )
+  scores = np.ones((1, 1), np.float32)
+  image = _found(proposals, scores=scores, detections=detections)
+  found = predict_lib._with_masks(image, masks, _Images(), SETTINGS)
   np.testing.assert_array_equal(unpack(found)[0], [[0, 0, 0, 1, 1, 0]] * 2)
 
 
-def _whole_stuff_map(scores, proposals, views, present, num_things, share):
+def _whole_stuff_map(
+  scores, proposals, views, present, num_things, share, thing_channel
+):
   votes = superpixel_votes(scores, proposals)
   votes = votes / np.maximum(votes.sum(1, keepdims=True), 1e-9)
-  stuff = votes[:, num_things:][proposals.superpixels]
+  votes[:, num_things - 1] = 0  # of no stuff
+  stuff = votes[:, num_things - 1 :][proposals.superpixels]
   shape = proposals.superpixels.shape
   if views[0].semantic is not None and share > 0:
     probability = np.zeros(stuff.shape, np.float32)
     for view in views:
-      grid = view.semantic[0, ..., 1:]
+      grid = view.semantic[0]
       size, canvas = view.batch.size[0], view.batch.superpixels.shape[1:]
       stride = canvas[0] / grid.shape[0]
       grid = grid[: -(-size[0] // int(stride)), : -(-size[1] // int(stride))]
@@ -455,17 +489,17 @@ def _whole_stuff_map(scores, proposals, views, present, num_things, share):
         views
       )
     stuff = share * probability + (1 - share) * stuff
-  nothing = np.zeros((*shape, 1), np.float32)
-  stuff = np.concatenate([nothing, stuff * present[num_things:]], axis=-1)
+  stuff = stuff * np.concatenate([[thing_channel], present[num_things:]])
   best = stuff.argmax(-1)
   return np.where(best > 0, best - 1 + num_things, -1), stuff.max(-1)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("thing_channel", [False, True])
 @pytest.mark.parametrize("absent", [(), (2,), (3, 5), (2, 3, 4, 5)])
 @pytest.mark.parametrize("pixels", [1, 5000, 1 << 17])
 def test_stuff_is_that_of_the_straightforward_way(
-  share, absent, pixels, monkeypatch
+  share, thing_channel, absent, pixels, monkeypatch
 ):
   monkeypatch.setattr(predict_lib, "_PIXELS_AT_A_TIME", pixels)
   rng = np.random.default_rng(0)
@@ -482,9 +516,11 @@ def test_stuff_is_that_of_the_straightforward_way(
     _view(semantic(), size=(32, 47), flip=True),
     _view(semantic(), size=(21, 30)),
   ]
-  args = scores, proposals, views
-  wanted = _whole_stuff_map(*args, present, 2, share)
-  found = predict_lib._stuff_map(*args, 0, present, 2, share=share)
+  wanted = _whole_stuff_map(
+    scores, proposals, views, present, 2, share, thing_channel
+  )
+  image = _found(proposals, scores=scores, present=present)
+  found = _stuff_map(image, views, 2, share=share, thing_channel=thing_channel)
   for a, b in zip(found, wanted, strict=True):
     np.testing.assert_array_equal(a, b)
   assert found[0].dtype == np.int32
