@@ -1,8 +1,10 @@
 """Fits a ranker of proposals on photographs with panoptic ground truth.
 
-    python benchmarks/fit_ranking.py --preset quality \
+    python benchmarks/fit_ranking.py --preset quality --named \
         --json panoptic_train2017.json --masks panoptic_train2017 \
         --images images --output jtsm_jax/proposals/ranking_quality.npz
+
+With --named, on those that results/proposal_images.json names "fitted".
 
 For every true segment, the candidates of the image compete in a softmax over
 their scores, and those within a few hundredths of the best IoU should win. The
@@ -34,6 +36,7 @@ from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.proposals import generate, quality, ranking
 from jtsm_jax.types import VOID, Categories
 
+NAMED = pathlib.Path(__file__).parent / "results" / "proposal_images.json"
 TEMPERATURE = 0.02  # of the IoU below the best, in the targets
 LEAST_IOU = 0.3  # no candidate of less is a target
 STUFF_WEIGHT = 0.5
@@ -65,6 +68,7 @@ def main() -> None:
   parser.add_argument("--masks", type=pathlib.Path, required=True)
   parser.add_argument("--images", type=pathlib.Path, required=True)
   parser.add_argument("--output", type=pathlib.Path, required=True)
+  parser.add_argument("--named", action="store_true", help=str(NAMED))
   args = parser.parse_args()
   entries = json.loads(args.json.read_text())
   truth = read_panoptic(
@@ -74,6 +78,9 @@ def main() -> None:
   make = functools.partial(make_case, args.images, truth, settings)
   check = functools.partial(best_ious, args.images, truth, settings)
   names = sorted(truth)
+  if args.named:
+    chosen = json.loads(NAMED.read_text())["fitted"]["COCO 2017 train"]
+    names = [n for n in names if int(pathlib.Path(n).stem) in chosen]
   views = [(scale, flip) for scale in (1.0, 0.6) for flip in (False, True)]
   with workers.start_processes(workers.available_cores()) as pool:
     jobs = [pool.submit(make, name, *view) for name in names for view in views]

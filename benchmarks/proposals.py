@@ -1,14 +1,15 @@
 """Measures segment proposals: time per stage, quality, memory, bytes.
 
-    python benchmarks/proposals.py --output proposals.json \
+    python benchmarks/proposals.py --output proposals.json --named \
         --voc VOCdevkit/VOC2007 \
         --coco instances_train2017.json images \
         --panoptic classes.json panoptic_val.json panoptic_val images
 
-Each data set is measured with each preset, one thread per process, image by
-image; crowds are left out, and all other instances or segments count. Times are
-medians over images, after one image that compiles the network. "Two at once" is
-the rate of two processes over that of one, on the first images.
+With --named, of VOC and COCO only the images that results/proposal_images.json
+names. Each data set is measured with each preset, one thread per process, image
+by image; crowds are left out, and all other instances or segments count. Times
+are medians over images, after one image that compiles the network. "Two at
+once" is the rate of two processes over that of one, on the first images.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from jtsm_jax.proposals import (
 )
 from jtsm_jax.types import VOID, Categories
 
+NAMED = pathlib.Path(__file__).parent / "results" / "proposal_images.json"
 STAGES = ("cues", "superpixels", "network", "trees", "candidates", "choice")
 
 
@@ -57,6 +59,7 @@ def main() -> None:
     nargs=4,
     metavar=("CLASSES", "JSON", "MASKS", "IMAGES"),
   )
+  parser.add_argument("--named", action="store_true", help=str(NAMED))
   parser.add_argument("--limit", type=int, help="images of each data set")
   args = parser.parse_args()
   images = {}
@@ -64,6 +67,12 @@ def main() -> None:
     images["voc"] = voc_images(args.voc)
   if args.coco:
     images["coco"] = coco_images(*args.coco)
+  if args.named:
+    named = json.loads(NAMED.read_text())["measured"]
+    chosen = {*named["VOC 2007"]}
+    chosen |= {f"{image:012d}" for image in named["COCO 2017 train"]}
+    for name, cases in images.items():
+      images[name] = [case for case in cases if case[0].stem in chosen]
   if args.panoptic:
     images["panoptic"] = panoptic_images(*args.panoptic)
   report = dict(
