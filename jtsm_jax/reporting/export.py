@@ -3,7 +3,7 @@
     FOLDER/score-HxW.stablehlo    the model on a canvas, in StableHLO
     FOLDER/masks-HxW.stablehlo    its instance branch, if it has one
     FOLDER/weights.safetensors    the weights, the first argument of both
-    FOLDER/model.json             arguments, classes, preprocessing, settings
+    FOLDER/model.json             arguments, classes, calibration, settings
 
 The functions run on CPUs, NVIDIA GPUs and TPUs, for batches of any size.
 docs/export.md has a loader without this package.
@@ -11,9 +11,9 @@ docs/export.md has a loader without this package.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import flax
@@ -24,19 +24,44 @@ import safetensors.numpy
 from jax import export as jax_export
 
 from jtsm_jax.data.files import write_file
+from jtsm_jax.evaluation.class_calibration import ClassCalibration
+from jtsm_jax.evaluation.fusion import FusionSettings
 from jtsm_jax.evaluation.inference import (
+  DetectionSettings,
   Scores,
   Steps,
   make_mask_step,
   make_score_step,
 )
+from jtsm_jax.evaluation.predict import PredictionSettings
 from jtsm_jax.models.jtsm import JTSM
-from jtsm_jax.types import Batch, InputError
+from jtsm_jax.proposals.generate import ProposalSettings
+from jtsm_jax.types import Batch, Categories, InputError
 
-FORMAT = "1"
+FORMAT = "2"
 PLATFORMS = ("cpu", "cuda", "tpu")
 INPUTS = ("images", "superpixels", "member_bits", "boxes", "valid")
 """The fields of `types.Batch` that the inference reads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+  """A model from its files, and what else `evaluation.predict.predict` takes.
+
+  Attributes:
+    steps: the functions.
+    categories: the classes.
+    calibration: of their scores.
+    settings: from scores to panoptic maps.
+    proposals: how the images' proposals are made; None where they were
+      imported.
+  """
+
+  steps: Steps
+  categories: Categories
+  calibration: ClassCalibration
+  settings: PredictionSettings
+  proposals: ProposalSettings | None
 
 
 def export_model(
@@ -44,12 +69,12 @@ def export_model(
   model: JTSM,
   variables: Any,
   *,
-  canvases: Sequence[tuple[int, int]],
-  max_proposals: int,
-  max_superpixels: int,
+  categories: Categories,
+  calibration: ClassCalibration,
+  settings: PredictionSettings,
+  proposals: ProposalSettings | None,
   mil_share: float,
   proposal_block: int = 0,
-  description: dict[str, Any],
 ) -> None:
   """Writes the inference of a trained model.
 
@@ -57,11 +82,9 @@ def export_model(
     folder: see above; made if it is absent.
     model: the model.
     variables: its weights.
-    canvases: (H, W) of the images, pixels; two functions for each.
-    max_proposals: P.
-    max_superpixels: S.
+    categories, calibration, proposals: see `Exported`.
+    settings: see `Exported`; two functions are written for each canvas.
     mil_share, proposal_block: see `inference.make_score_step`.
-    description: what model.json is to tell beside the arguments.
   """
   flat = flax.traverse_util.flatten_dict(jax.device_get(variables), sep="/")
   weights = {
@@ -92,9 +115,10 @@ def export_model(
     write_file(folder / f"{name}.stablehlo", bytes(data))
     signatures[name] = _signature(inputs)
 
-  for height, width in canvases:
+  for height, width in settings.canvases:
     b, n = jax_export.symbolic_shape("b, n")
-    images = _input_shapes(b, height, width, max_proposals, max_superpixels)
+    P, S = settings.max_proposals, settings.max_superpixels
+    images = _input_shapes(b, height, width, P, S)
     write(f"score-{height}x{width}", score_images, images)
     if masks is not None:
       boxes = {
@@ -103,18 +127,30 @@ def export_model(
         "category": jax.ShapeDtypeStruct((b, n), np.int32),
       }
       write(f"masks-{height}x{width}", mask_boxes, boxes)
-  content = {"format": FORMAT, "functions": signatures} | description
+  content = {
+    "format": FORMAT,
+    "functions": signatures,
+    "classes": categories.to_list(),
+    "calibration": {k: v.tolist() for k, v in vars(calibration).items()},
+    "settings": dataclasses.asdict(settings),
+    "proposals": proposals and dataclasses.asdict(proposals),
+  }
   write_file(folder / "model.json", json.dumps(content, indent=1))
 
 
-def load_exported(folder: pathlib.Path) -> Steps:
-  """The steps of `predict` from the files of `export_model`.
+def load_exported(folder: pathlib.Path) -> Exported:
+  """Reads the files of `export_model`.
 
   Raises:
-    InputError: the files are absent or damaged.
+    InputError: the files are absent, damaged, or of another version.
   """
   try:
     content = json.loads((folder / "model.json").read_text())
+    if content["format"] != FORMAT:
+      raise InputError(
+        f"{folder}: is an export of format {content['format']}, here it is"
+        f" {FORMAT}; run --mode=export again"
+      )
     weights = safetensors.numpy.load_file(folder / "weights.safetensors")
     functions = {
       name: jax_export.deserialize(
@@ -142,7 +178,26 @@ def load_exported(folder: pathlib.Path) -> Steps:
     return function(weights, inputs)
 
   has_masks = any(name.startswith("masks-") for name in functions)
-  return Steps(score, masks if has_masks else None)
+  return Exported(
+    steps=Steps(score, masks if has_masks else None),
+    categories=Categories.from_list(content["classes"]),
+    calibration=ClassCalibration(
+      **{k: np.float32(v) for k, v in content["calibration"].items()}
+    ),
+    settings=_prediction_settings(content["settings"]),
+    proposals=content["proposals"] and ProposalSettings(**content["proposals"]),
+  )
+
+
+def _prediction_settings(values: dict[str, Any]) -> PredictionSettings:
+  return PredictionSettings(
+    **values
+    | {
+      "canvases": tuple(tuple(canvas) for canvas in values["canvases"]),
+      "detection": DetectionSettings(**values["detection"]),
+      "fusion": FusionSettings(**values["fusion"]),
+    }
+  )
 
 
 def _input_shapes(b, height, width, P, S) -> dict[str, jax.ShapeDtypeStruct]:
