@@ -9,8 +9,9 @@ the published bfloat16 rates of the accelerators and a share of them, --share,
 that is an assumption: none of them was measured. They are those of
 config.train.precision="bfloat16"; where there are more devices than a batch has
 images, those of a batch as large as they need, with so many fewer steps
-(docs/pods.md). Pooling, re-estimation and input come on top where they do not
-run beside it.
+(docs/pods.md). Tests are those on the way and the last one; an evaluation uses
+one device. Pooling, re-estimation, fusion and input come on top where they do
+not run beside it.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from jtsm_jax.train.cost import matmul_flops
 from jtsm_jax.train.state import create_state
 from jtsm_jax.types import Batch, Categories, Category, PseudoMasks
 
-# Dense bfloat16 operations a second, as their makers say.
+# Devices, and dense bfloat16 operations a second of each, as their makers say.
 PLACES = {
-  "1 x H200": 989e12,
-  "8 x H200": 8 * 989e12,
-  "v5e-64": 64 * 197e12,
+  "1 x H200": (1, 989e12),
+  "8 x H200": (8, 989e12),
+  "v5e-64": (64, 197e12),
 }
 # file, variant, things, stuff, test images
 ROWS = (
@@ -55,7 +56,8 @@ def main() -> None:
   parser.add_argument("--share", type=float, default=0.4, help="of the rate")
   args = parser.parse_args()
   heads = ["configuration", "TFLOP a step", "steps", "TFLOP a test image"]
-  heads += [f"{place}: training + test, hours" for place in PLACES]
+  heads += ["tests"]
+  heads += [f"{place}: training + tests, hours" for place in PLACES]
   print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
   for file, variant, things, stuff, images in ROWS:
     config = importlib.import_module(f"configs.{file}").get_config(variant)
@@ -74,8 +76,11 @@ def main() -> None:
     steps = config.train.steps
     cells = [f"`{file}.py:{variant}`", f"{training / 1e12:.1f}", f"{steps:,}"]
     cells.append(f"{test / 1e12:.1f}")
-    for rate in PLACES.values():
-      seconds = (training * steps, test * images)
+    every = config.train.evaluate_every
+    tests = steps // every + (steps % every > 0)
+    cells.append(f"{tests}")
+    for devices, rate in PLACES.values():
+      seconds = (training * steps / devices, test * images * tests)
       hours = [x / (rate * args.share) / 3600 for x in seconds]
       cells.append(" + ".join(f"{x:.1f}" for x in hours))
     print("| " + " | ".join(cells) + " |", flush=True)

@@ -22,4 +22,5 @@ def get_config(variant: str = "resnet18_ws") -> ml_collections.ConfigDict:
   c.proposals.max_proposals = 4000
   c.train.steps = 400_000  # "4x"
   c.train.boundaries = (280_000,)
+  c.train.evaluate_every = 100_000
   return variants.apply(c, variant)
