@@ -79,7 +79,7 @@ def evaluate(
       raise _no_truth(image_id, "masks" if of_masks else "boxes")
     coco.add(image_id, prediction.detections, instances)
     voc.add(image_id, prediction.detections, instances)
-    corloc.add(image_id, prediction.detections, instances)
+    corloc.add(image_id, prediction.best, instances)
     on_prediction(prediction)
   result = {
     "task": task,
@@ -104,7 +104,7 @@ def localisation(
     instances = truth_of_things(source, prediction.index)
     if instances is None:
       raise _no_truth(image_id, "boxes")
-    corloc.add(image_id, prediction.detections, instances)
+    corloc.add(image_id, prediction.best, instances)
   return corloc.result()
 
 

@@ -52,7 +52,7 @@ class DetectionSettings:
   nms_iou: float = 0.5
   nms_kind: str = "masks"
   max_detections: int = 100
-  min_score: float = 1e-3
+  min_score: float = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)

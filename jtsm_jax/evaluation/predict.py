@@ -90,6 +90,8 @@ class Prediction:
     index: its position in the split.
     panoptic: the panoptic map.
     detections: before the fusion, best first.
+    best: the best proposal of each thing, whatever its score and whether the
+      image seems to show it or not, as CorLoc wants it; without masks.
     scores: [P, K] float32 of the proposals, calibrated.
     image_scores: [K] float32, see `inference.Scores.image`.
   """
@@ -97,6 +99,7 @@ class Prediction:
   index: int
   panoptic: PanopticMap
   detections: Detections
+  best: Detections
   scores: np.ndarray
   image_scores: np.ndarray
 
@@ -176,7 +179,12 @@ def predict(
           settings=settings.fusion,
         )
         yield Prediction(
-          image.index, panoptic, detections, image.scores, image.image_scores
+          image.index,
+          panoptic,
+          detections,
+          image.best,
+          image.scores,
+          image.image_scores,
         )
         bar.update()
 
@@ -193,6 +201,7 @@ class _Found:
     image_scores: [K] float32, see `inference.Scores.image`.
     present: [K] bool.
     detections: best first.
+    best: see `Prediction`.
   """
 
   row: int
@@ -202,6 +211,7 @@ class _Found:
   image_scores: np.ndarray
   present: np.ndarray
   detections: Detections
+  best: Detections
 
 
 def _find(
@@ -220,6 +230,8 @@ def _find(
   # Every image shows something: what comes nearest to its threshold.
   nearest = image_scores / np.maximum(calibration.tag_threshold, 1e-12)
   present[nearest.argmax()] = True
+  # Before scores end at 1 together.
+  best = _best(scores[:, :num_things], proposals)
   scores = np.minimum(scores / calibration.score_scale, 1.0) * present
   things = scores[:, :num_things]
   if settings.show_present:
@@ -227,7 +239,19 @@ def _find(
     things = np.where(shown[:num_things], raised, things)
   detections = detect(things, proposals, settings=settings.detection)
   return _Found(
-    row, index, proposals, scores, image_scores, present, detections
+    row, index, proposals, scores, image_scores, present, detections, best
+  )
+
+
+def _best(scores: np.ndarray, proposals: Proposals) -> Detections:
+  best = scores.argmax(0)
+  category = np.arange(scores.shape[1])
+  return Detections(
+    proposal=best.astype(np.int32),
+    category=category.astype(np.int32),
+    score=scores[best, category],
+    boxes=proposals.boxes[best],
+    size=proposals.superpixels.shape,
   )
 
 

@@ -122,7 +122,16 @@ class CorLoc:
   def add(
     self, image_id: str, detections: Detections, instances: Instances
   ) -> None:
-    """Counts one image; arguments and errors as of `VocDetection.add`."""
+    """Counts one image.
+
+    Args:
+      image_id: of an image that was not added before.
+      detections: at least the best one of each class of the image.
+      instances: the truth.
+
+    Raises:
+      ValueError: as of `VocDetection.add`.
+    """
     check_image(
       image_id,
       detections,

@@ -66,18 +66,20 @@ def predictions():
   masks = np.stack([IDS == 1, IDS == 2])
   masks[1, 25:40, 30:35] = True
   ids = np.where(masks[0], 1, np.where(masks[1], 2, 0)).astype(np.int32)
+  detections = Detections(
+    proposal=np.array([0, 1], np.int32),
+    category=np.array([0, 1], np.int32),
+    score=np.array([0.9, 0.8], np.float32),
+    boxes=np.array([[5, 5, 20, 30], [25, 30, 40, 55]], np.int32),
+    **pack(masks),
+  )
   yield Prediction(
     index=0,
     panoptic=PanopticMap(
       ids, (Segment(1, 0, True, 0.9, 375), Segment(2, 1, True, 0.8, 375))
     ),
-    detections=Detections(
-      proposal=np.array([0, 1], np.int32),
-      category=np.array([0, 1], np.int32),
-      score=np.array([0.9, 0.8], np.float32),
-      boxes=np.array([[5, 5, 20, 30], [25, 30, 40, 55]], np.int32),
-      **pack(masks),
-    ),
+    detections=detections,
+    best=detections,
     scores=np.zeros((2, 3), np.float32),
     image_scores=np.zeros(3, np.float32),
   )

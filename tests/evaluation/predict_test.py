@@ -57,7 +57,7 @@ def _found(proposals, *, scores=None, present=None, detections=None, row=0):
   """What the scores tell of an image."""
   present = np.ones(scores.shape[1], bool) if present is None else present
   return predict_lib._Found(
-    row, 0, proposals, scores, None, present, detections
+    row, 0, proposals, scores, None, present, detections, None
   )
 
 
@@ -301,6 +301,20 @@ def test_what_is_nearest_to_its_threshold_is_present_but_not_raised(toy):
     assert prediction.scores[:, 1].all()
     assert not np.delete(prediction.scores, 1, axis=1).any()
     assert not any(s.is_thing for s in prediction.panoptic.segments)
+
+
+def test_the_best_of_each_thing_needs_no_score_that_suffices(toy):
+  # Nothing is shown, and all scores end at 1.
+  calibration = ClassCalibration(
+    np.full(tiny.K, 2, np.float32), np.full(tiny.K, 1e-9, np.float32)
+  )
+  plain, found = _predict(toy), _predict(toy, calibration=calibration)
+  for a, b in zip(plain, found, strict=True):
+    things = a.scores[:, : tiny.NUM_THINGS]
+    np.testing.assert_array_equal(b.best.proposal, things.argmax(0))
+    np.testing.assert_array_equal(b.best.score, things.max(0))
+    np.testing.assert_array_equal(b.best.category, np.arange(tiny.NUM_THINGS))
+    assert b.best.boxes.shape == (tiny.NUM_THINGS, 4)
 
 
 def test_each_image_is_predicted_once(toy):

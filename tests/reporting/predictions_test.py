@@ -51,6 +51,7 @@ def make_prediction(seed=0, size=(20, 30)):
       boxes=np.zeros((3, 4), np.int32),
       **pack(masks),
     ),
+    best=None,
     scores=np.zeros((5, 3), np.float32),
     image_scores=np.array([0.25, 0.5, 0.125], np.float32),
   )

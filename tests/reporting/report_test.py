@@ -78,6 +78,7 @@ def make_prediction(data, n, *, index):
     detections=Detections(
       *(np.zeros((0, *s)) for s in ((), (), (), (4,))), size=(64, 64)
     ),
+    best=None,
     scores=scores,
     image_scores=np.zeros(len(data.categories), np.float32),
   )
