@@ -16,6 +16,7 @@ from jtsm_jax.console import progress
 from jtsm_jax.data.files import (
   AnyPath,
   PathOrUrl,
+  check_names,
   data_path,
   is_file,
   is_folder,
@@ -65,17 +66,12 @@ def find_images(where: PathOrUrl) -> dict[str, AnyPath]:
   parents = [file.parent.parts for file in found]
   levels = zip(*parents, strict=False)
   shared = len([*itertools.takewhile(lambda x: len({*x}) == 1, levels)])
-  named: dict[str, AnyPath] = {}
-  for file in found:
-    name = safe_name("_".join([*file.parent.parts[shared:], file.stem]))
-    if name in named:
-      raise InputError(
-        f"{file} and {named[name]} would both be called {name!r}; rename one"
-        " (the ending and characters other than letters, digits, '.', '_' and"
-        " '-' do not count)"
-      )
-    named[name] = file
-  return named
+  name_of = {
+    file: safe_name("_".join([*file.parent.parts[shared:], file.stem]))
+    for file in found
+  }
+  check_names(name_of)
+  return {name: file for file, name in name_of.items()}
 
 
 def _matches(pattern: AnyPath) -> list[AnyPath]:

@@ -81,10 +81,19 @@ def test_nothing_to_predict(root, where, message):
     image_files.find_images(root / where)
 
 
-def test_two_of_one_name(root):
-  (root / "b_c.jpg").write_bytes(png())
-  with pytest.raises(InputError, match="would both be called 'b_c'"):
-    image_files.find_images(f"{root}/*.*g")
+def test_files_of_one_name_are_all_told(root):
+  for name in ("b_c.jpg", "b+c.jpg", "a.jpg"):
+    (root / name).write_bytes(png())
+  with pytest.raises(InputError, match="2 names") as raised:
+    image_files.find_images(root)
+  for name in ("a.PNG", "a.jpg", "b c.png", "b+c.jpg", "b_c.jpg"):
+    assert str(root / name) in str(raised.value)
+
+
+def test_names_of_any_script(tmp_path):
+  for name in ("日本.jpg", "中国.jpg", "cafe\u0301.jpg"):
+    (tmp_path / name).write_bytes(png())
+  assert set(image_files.find_images(tmp_path)) == {"日本", "中国", "café"}
 
 
 def test_bad_images_are_left_out_with_a_message(root, capsys):
