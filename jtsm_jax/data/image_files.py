@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import glob
 import hashlib
 import itertools
@@ -18,6 +19,7 @@ from jtsm_jax.data.files import (
   PathOrUrl,
   check_names,
   data_path,
+  file_lookup,
   is_file,
   is_folder,
   is_local,
@@ -29,11 +31,17 @@ from jtsm_jax.data.files import (
 from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.types import InputError, Record
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+SUFFIXES = (
+  *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif"),
+  *(".tiff", ".avif", ".jp2", ".tga", ".pbm", ".pgm", ".ppm"),
+)
+"""Endings of the images that `decode_image` reads, in any case."""
 
 
 def find_images(where: PathOrUrl) -> dict[str, AnyPath]:
   """The image files of a folder, of a pattern, or one of them.
+
+  Says on stderr how many files it passes over, and of which endings.
 
   Args:
     where: a folder, whose own images count, without those of its subfolders; a
@@ -52,17 +60,34 @@ def find_images(where: PathOrUrl) -> dict[str, AnyPath]:
   if is_file(path):
     found = [path]
   elif is_folder(path):
-    found = [path / name for name in names_in(path)]
+    found = [path / name for name in names_in(path)]  # also its folders
   elif glob.has_magic(str(where)):
     found = _matches(path)
   else:
     raise InputError(
       f"{where}: no such file or folder; --input wants a folder of images, an"
-      " image, or a pattern in quotes, such as 'photos/**/*.jpg'"
+      " image, or a pattern in quotes, such as 'photos/**/*'"
     )
+  others = [file for file in found if file.suffix.lower() not in SUFFIXES]
   found = [file for file in found if file.suffix.lower() in SUFFIXES]
+  no_images = [*filter(file_lookup(), others)]
+  endings = collections.Counter(f.suffix.lower() for f in no_images)
+  told = ", ".join(
+    f"{ending or 'no ending'} ({n})" for ending, n in endings.most_common()
+  )
+  num_folders = len(others) - len(no_images)
   if not found:
-    raise InputError(f"{where}: there is no image ({', '.join(SUFFIXES)})")
+    hint = f"; for those in its {num_folders} folders give '{path}/**/*'"
+    raise InputError(
+      f"{where}: there is no image ({', '.join(SUFFIXES)}); found"
+      f" {told or 'nothing'}{hint if num_folders else ''}"
+    )
+  if told:
+    print(
+      f"{where}: {len(no_images)} files are no images that can be read here:"
+      f" {told}; images among them have to be converted",
+      file=sys.stderr,
+    )
   parents = [file.parent.parts for file in found]
   levels = zip(*parents, strict=False)
   shared = len([*itertools.takewhile(lambda x: len({*x}) == 1, levels)])
@@ -78,8 +103,9 @@ def _matches(pattern: AnyPath) -> list[AnyPath]:
   if is_local(pattern):
     names = sorted(glob.glob(str(pattern), recursive=True))
     return [pathlib.Path(name) for name in names if os.path.isfile(name)]
-  found = sorted(pattern.fs.glob(pattern.path))
-  return [pattern.with_segments(pattern.fs.unstrip_protocol(n)) for n in found]
+  found = pattern.fs.glob(pattern.path, detail=True)
+  names = sorted(n for n, info in found.items() if info["type"] == "file")
+  return [pattern.with_segments(pattern.fs.unstrip_protocol(n)) for n in names]
 
 
 class ImageFiles:

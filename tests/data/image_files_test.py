@@ -8,6 +8,7 @@ from PIL import Image
 
 from jtsm_jax.data import image_files
 from jtsm_jax.types import InputError
+from tests.data.buckets import upload
 
 
 def png(size=(4, 6), seed=0):
@@ -67,16 +68,49 @@ def test_a_pattern_in_a_bucket(root, bucket):
     image_files.find_images("memory://bucket/none")
 
 
+def test_what_is_no_image_is_told(root, bucket, capsys):
+  (root / "folder.png").rmdir()
+  for name in ("1.HEIC", "2.heic", "sub/3.heic", "README"):
+    (root / name).write_bytes(b"what nobody here can read")
+  for place in (root, upload(root, bucket)):
+    image_files.find_images(place)
+    assert capsys.readouterr().err == (
+      f"{place}: 4 files are no images that can be read here: .heic (2), no"
+      " ending (1), .txt (1); images among them have to be converted\n"
+    )
+    image_files.find_images(f"{place}/**/*")
+    assert "5 files are no images" in capsys.readouterr().err
+    image_files.find_images(f"{place}/**/*.png")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("suffix", image_files.SUFFIXES)
+def test_all_kinds_are_read(tmp_path, suffix):
+  path = tmp_path / f"a{suffix}"
+  Image.new("RGB", (6, 4), (200, 30, 40)).save(path)
+  found = image_files.find_images(tmp_path)
+  assert image_files.ImageFiles(found, num_classes=1).sizes.tolist() == [[4, 6]]
+
+
 @pytest.mark.parametrize(
   ("where", "message"),
   [
     ("none", r"none: no such file or folder; --input wants"),
-    ("folder.png", r"folder.png: there is no image \(\.jpg,"),
-    ("notes.txt", "there is no image"),
+    ("folder.png", r"folder.png: there is no image \(\.jpg,.*; found nothing$"),
+    ("notes.txt", r"there is no image \(.*\); found \.txt \(1\)$"),
     ("*.gif", "there is no image"),
+    ("notes*", r"there is no image \(.*\); found \.txt \(1\)$"),
+    (
+      "albums",
+      r"no image \(.*\); found no ending \(1\); for those in its 2 folders give"
+      r" '.*/albums/\*\*/\*'$",
+    ),
   ],
 )
 def test_nothing_to_predict(root, where, message):
+  for name in ("day 1", "day 2"):
+    (root / "albums" / name).mkdir(parents=True)
+  (root / "albums" / "README").write_text("none")
   with pytest.raises(InputError, match=message):
     image_files.find_images(root / where)
 
