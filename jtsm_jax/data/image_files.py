@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import glob
 import hashlib
-import itertools
 import os
 import pathlib
 import sys
@@ -38,7 +37,7 @@ SUFFIXES = (
 """Endings of the images that `decode_image` reads, in any case."""
 
 
-def find_images(where: PathOrUrl) -> dict[str, AnyPath]:
+def find_images(where: PathOrUrl) -> tuple[AnyPath, dict[str, AnyPath]]:
   """The image files of a folder, of a pattern, or one of them.
 
   Says on stderr how many files it passes over, and of which endings.
@@ -49,8 +48,10 @@ def find_images(where: PathOrUrl) -> dict[str, AnyPath]:
       file. A local path or a URL.
 
   Returns:
-    The files by their names, which tell them apart and are safe as file names:
-    the path without the ending, from the folder that all of them share.
+    (Their folder: what is given, that of the file, or that before the first
+    wildcard of the pattern;
+    the files by their names, which tell them apart and are safe as file names:
+    `file_name` in that folder, without the ending.)
 
   Raises:
     InputError: there is no such file or folder, or no image in it, or two have
@@ -58,10 +59,12 @@ def find_images(where: PathOrUrl) -> dict[str, AnyPath]:
   """
   path = data_path(where)
   if is_file(path):
-    found = [path]
+    folder, found = path.parent, [path]
   elif is_folder(path):
+    folder = path
     found = [path / name for name in names_in(path)]  # also its folders
   elif glob.has_magic(str(where)):
+    folder = next(p for p in path.parents if not glob.has_magic(str(p)))
     found = _matches(path)
   else:
     raise InputError(
@@ -88,15 +91,17 @@ def find_images(where: PathOrUrl) -> dict[str, AnyPath]:
       f" {told}; images among them have to be converted",
       file=sys.stderr,
     )
-  parents = [file.parent.parts for file in found]
-  levels = zip(*parents, strict=False)
-  shared = len([*itertools.takewhile(lambda x: len({*x}) == 1, levels)])
   name_of = {
-    file: safe_name("_".join([*file.parent.parts[shared:], file.stem]))
+    file: safe_name(file_name(file.with_suffix(""), folder).replace("/", "_"))
     for file in found
   }
   check_names(name_of)
-  return {name: file for file, name in name_of.items()}
+  return folder, {name: file for file, name in name_of.items()}
+
+
+def file_name(path: AnyPath, folder: AnyPath) -> str:
+  """The name of a file relative to a folder that it is in, with '/'."""
+  return "/".join(path.parts[len(folder.parts) :])
 
 
 def _matches(pattern: AnyPath) -> list[AnyPath]:

@@ -31,7 +31,7 @@ def root(tmp_path):
 
 
 def names(where, root):
-  found = image_files.find_images(where)
+  _, found = image_files.find_images(where)
   return {n: p.relative_to(root).as_posix() for n, p in found.items()}
 
 
@@ -51,7 +51,20 @@ def test_patterns(root):
     "b_c": "b c.png",
     "sub_a": "sub/a.png",
   }
-  assert names(f"{root}/*/x/*", root) == {"_-d": "sub/x/-d.jpg"}
+  assert names(f"{root}/*/x/*", root) == {"sub_x_-d": "sub/x/-d.jpg"}
+
+
+def test_the_folder_of_a_pattern(root, monkeypatch):
+  monkeypatch.chdir(root / "sub")
+  for where, folder in {
+    "*": ".",
+    "../**/*": "..",
+    "./x/*": "x",
+    f"{root}/s*/x/*": str(root),
+    f"{root}/sub": f"{root}/sub",
+    "a.png": ".",
+  }.items():
+    assert str(image_files.find_images(where)[0]) == folder
 
 
 def test_a_pattern_in_a_bucket(root, bucket):
@@ -59,11 +72,12 @@ def test_a_pattern_in_a_bucket(root, bucket):
     if path.is_file():
       name = path.relative_to(root).as_posix()
       bucket.fs.pipe_file(f"{bucket.path}/{name}", path.read_bytes())
-  found = image_files.find_images(f"{bucket}/**/*.png")
+  folder, found = image_files.find_images(f"{bucket}/**/*.png")
   assert set(found) == {"b_c", "sub_a"}
+  assert str(folder) == str(bucket)
   source = image_files.ImageFiles(found, num_classes=2)
   assert source[source.names.index("sub_a")].image == png(seed=2)
-  assert set(image_files.find_images(str(bucket))) == {"a", "b_c"}
+  assert set(image_files.find_images(str(bucket))[1]) == {"a", "b_c"}
   with pytest.raises(InputError, match="no such file or folder"):
     image_files.find_images("memory://bucket/none")
 
@@ -88,7 +102,7 @@ def test_what_is_no_image_is_told(root, bucket, capsys):
 def test_all_kinds_are_read(tmp_path, suffix):
   path = tmp_path / f"a{suffix}"
   Image.new("RGB", (6, 4), (200, 30, 40)).save(path)
-  found = image_files.find_images(tmp_path)
+  _, found = image_files.find_images(tmp_path)
   assert image_files.ImageFiles(found, num_classes=1).sizes.tolist() == [[4, 6]]
 
 
@@ -127,13 +141,13 @@ def test_files_of_one_name_are_all_told(root):
 def test_names_of_any_script(tmp_path):
   for name in ("日本.jpg", "中国.jpg", "cafe\u0301.jpg"):
     (tmp_path / name).write_bytes(png())
-  assert set(image_files.find_images(tmp_path)) == {"日本", "中国", "café"}
+  assert set(image_files.find_images(tmp_path)[1]) == {"日本", "中国", "café"}
 
 
 def test_bad_images_are_left_out_with_a_message(root, capsys):
   (root / "cut.png").write_bytes(png()[:50])
   (root / "empty.jpg").write_bytes(b"")
-  files = image_files.find_images(f"{root}/*.*")
+  _, files = image_files.find_images(f"{root}/*.*")
   files["gone"] = root / "gone.png"
   source = image_files.ImageFiles(files, num_classes=3)
   assert source.names == ("a", "b_c")
@@ -146,7 +160,7 @@ def test_bad_images_are_left_out_with_a_message(root, capsys):
 
 
 def test_ids_change_with_the_content(root):
-  files = image_files.find_images(root / "sub")
+  _, files = image_files.find_images(root / "sub")
   before = image_files.ImageFiles(files, num_classes=1).image_ids
   assert image_files.ImageFiles(files, num_classes=1).image_ids == before
   (root / "sub" / "a.png").write_bytes(png(seed=9))
