@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -35,6 +36,7 @@ from jtsm_jax.modes.trained import (
   steps_of,
 )
 from jtsm_jax.proposals import store as stores
+from jtsm_jax.proposals.fill_store import Maker
 from jtsm_jax.reporting.predictions import (
   collect,
   is_done,
@@ -42,7 +44,7 @@ from jtsm_jax.reporting.predictions import (
   recorded_file,
   write_prediction,
 )
-from jtsm_jax.types import InputError
+from jtsm_jax.types import InputError, Record
 
 Config = ml_collections.ConfigDict
 
@@ -90,7 +92,7 @@ def predict_images(
   source = ImageFiles(todo, num_classes=len(categories))
   if len(source):
     path = output / "proposals" / maker.key
-    fill_store_of(config, source, path, maker)
+    fill_store_of(config, source, path, _by_name(maker, source))
     for prediction in predict(
       steps_of(config, trained.model, trained.variables),
       source,
@@ -127,3 +129,14 @@ def predict_images(
     f"boxes      {output / 'detections.json'}\n"
     f"overlays   {output / 'overlays'}"
   )
+
+
+def _by_name(maker: Maker, source: ImageFiles) -> Maker:
+  """Proposals from elsewhere know an image by its name, without the digest."""
+  name_of = dict(zip(source.image_ids, source.names, strict=True))
+
+  def read(record: Record) -> Any:
+    name = name_of[record.image_id]
+    return maker.read(dataclasses.replace(record, image_id=name))
+
+  return dataclasses.replace(maker, read=read)
