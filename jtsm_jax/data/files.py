@@ -78,6 +78,12 @@ def is_local(path: AnyPath) -> bool:
   return isinstance(path, pathlib.Path)
 
 
+def full_path(path: PathOrUrl) -> str:
+  """The same text for each spelling of a path; a URL stays as it is."""
+  text = str(path)
+  return text if "://" in text else os.path.realpath(text)
+
+
 def safe_name(name: str) -> str:
   """A name that is safe for a file, and the same however Unicode spells it.
 

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from jtsm_jax.data.files import AnyPath, folder_name, is_local, write_file
+from jtsm_jax.data.files import AnyPath, folder_name, full_path, write_file
 from jtsm_jax.data.panoptic_files import encode_ids, panoptic_annotation
 from jtsm_jax.evaluation.predict import Prediction
 from jtsm_jax.reporting.visualize import (
@@ -51,8 +51,7 @@ def output_folder(parent: pathlib.Path, images: AnyPath) -> pathlib.Path:
     parent: of the folder, which is made if absent.
     images: the folder of the images, however it is spelt.
   """
-  path = images.resolve() if is_local(images) else images
-  owner = os.fsencode(str(path)) + b"\n"
+  owner = os.fsencode(full_path(images)) + b"\n"
   folder = parent / folder_name(images)
   note = folder / "input.txt"
   if folder.exists() and not (note.exists() and note.read_bytes() == owner):
