@@ -48,7 +48,7 @@ _INPUT = flags.DEFINE_string(
   "input",
   None,
   "For --mode=predict: a folder of images, one image, or a pattern in quotes"
-  " such as 'photos/**/*.jpg'; or its URL.",
+  " such as 'photos/**/*'; or its URL.",
 )
 _SHARD = flags.DEFINE_integer(
   "shard",

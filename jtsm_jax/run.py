@@ -18,7 +18,12 @@ from flax.traverse_util import flatten_dict
 
 from jtsm_jax.data import prepared
 from jtsm_jax.data.audit import class_table
-from jtsm_jax.data.files import PathOrUrl, cache_folder, is_local
+from jtsm_jax.data.files import (
+  PathOrUrl,
+  cache_folder,
+  full_path,
+  is_local,
+)
 from jtsm_jax.modes.data import (
   audit_data,
   prepare,
@@ -72,6 +77,12 @@ FREE_FIELDS = (
 START_FIELDS = ("train.init_from", "train.init_skip")
 """Fields that the first start alone reads: later ones may leave them out."""
 
+PLACE_FIELDS = ("data.root", "data.sbd")
+"""Fields that a trained workdir knows: later calls may leave them out."""
+
+PATH_FIELDS = (*PLACE_FIELDS, "proposals.source")
+"""Fields that may be spelt in another way, if they lead to the same place."""
+
 DATA_FIELDS = (
   "task",
   "data.name",
@@ -122,7 +133,7 @@ def run(
   if not _is_trained(workdir):
     fields.check_schedule(config)
   _keep_compiled_programs()
-  claim_workdir(workdir, config)
+  config = claim_workdir(workdir, config)
   if mode == "predict":
     return predict_images(config, workdir, images)
   if mode == "export":
@@ -173,7 +184,7 @@ def run(
 
 def claim_workdir(
   workdir: pathlib.Path, config: Config, *, alone: bool = False
-) -> None:
+) -> Config:
   """Writes the configuration into a new workdir, or compares it with its own.
 
   Fields are fixed by what was made with them: those of the data once they are
@@ -187,6 +198,10 @@ def claim_workdir(
     workdir: folder of the run; made if absent.
     config: see configs/base.py.
     alone: whether the caller is inside `alone_in(workdir)`.
+
+  Returns:
+    The configuration, with `PLACE_FIELDS` of a trained workdir where it has
+    none.
 
   Raises:
     InputError: the workdir cannot be made, or belongs to other settings.
@@ -207,17 +222,23 @@ def claim_workdir(
   is_prepared = prepared.is_prepared(prepared_directory(config, workdir))
 
   def is_fixed(name: str) -> bool:
-    if trained and name in START_FIELDS:
+    if trained and name in START_FIELDS + PLACE_FIELDS:
       return bool(a.get(name))
     if trained:
       return not _is_among(name, FREE_FIELDS)
     return is_prepared and _is_among(name, DATA_FIELDS)
 
+  def is_same(name: str) -> bool:
+    values = a.get(name), b.get(name)
+    if name in PATH_FIELDS and all(values):
+      values = tuple(map(full_path, values))
+    return values[0] == values[1]
+
   a, b = (flatten_dict(tree, sep=".") for tree in (mine, theirs))
   changed = [
     f"{name} = {a.get(name)!r}, there {b.get(name)!r}"
     for name in sorted(a.keys() | b.keys())
-    if a.get(name) != b.get(name) and is_fixed(name)
+    if is_fixed(name) and not is_same(name)
   ]
   if changed:
     raise InputError(
@@ -225,13 +246,18 @@ def claim_workdir(
       + "; config.".join(changed)
       + ". Give another --workdir, or the same settings"
     )
+  if trained:
+    config = config.copy_and_resolve_references()
+    left_out = [f for f in PLACE_FIELDS if b.get(f) and not a.get(f)]
+    config.update_from_flattened_dict({f: b[f] for f in left_out})
   if trained or jax.process_index() > 0:
-    return
+    return config
   claim = contextlib.nullcontext() if alone else alone_in(workdir)
   with contextlib.suppress(InputError), claim:
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(mine, indent=1))
     os.replace(draft, path)
+  return config
 
 
 def _train(config, workdir, data, store, *, profile) -> None:

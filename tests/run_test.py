@@ -136,6 +136,60 @@ def test_first_weights_may_be_left_out_once_there_is_a_checkpoint(
       run.claim_workdir(tmp_path, other)
 
 
+@pytest.mark.parametrize("field", ["data.root", "data.sbd", "proposals.source"])
+def test_paths_are_the_same_in_any_spelling(root, tmp_path, monkeypatch, field):
+  def claim(value):
+    config = _config(root, "data0")
+    config.update_from_flattened_dict({field: value})
+    run.claim_workdir(tmp_path / "run", config)
+
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "link").symlink_to("mine")
+  monkeypatch.chdir(tmp_path)
+  claim("mine")
+  monkeypatch.setattr(run, "_is_trained", lambda workdir: True)
+  for value in ("mine/", "./mine", "link", f"{tmp_path}/other/../mine"):
+    claim(value)
+  for value in ("other", "mine/mine", "memory://mine"):
+    with pytest.raises(InputError, match=f"{field} = '{value}', there 'mine'"):
+      claim(value)
+
+
+def test_urls_are_compared_as_they_are(root, tmp_path, monkeypatch):
+  config = _config(root, "data0")
+  config.data.root = "gs://bucket/mine"  # and nothing is asked of it
+  run.claim_workdir(tmp_path, config)
+  monkeypatch.setattr(run, "_is_trained", lambda workdir: True)
+  run.claim_workdir(tmp_path, config)
+  config.data.root = "gs://bucket/other"
+  with pytest.raises(InputError, match=r"data\.root = 'gs://bucket/other'"):
+    run.claim_workdir(tmp_path, config)
+
+
+def test_a_trained_workdir_knows_where_its_data_lie(
+  root, tmp_path, monkeypatch
+):
+  config = _config(root, "data0")
+  plain = config.copy_and_resolve_references().lock()
+  config.data.root, config.data.sbd = "mine", "sbd"
+  run.claim_workdir(tmp_path, config)
+  with pytest.raises(InputError, match=r"data\.root = '', there 'mine'"):
+    run.claim_workdir(tmp_path, plain)
+  monkeypatch.setattr(run, "_is_trained", lambda workdir: True)
+  found = run.claim_workdir(tmp_path, plain)
+  assert (found.data.root, found.data.sbd) == ("mine", "sbd")
+  assert plain.data.root == ""
+  # What a mode is given is that.
+  given = []
+  monkeypatch.setattr(run, "export", lambda config, _: given.append(config))
+  run.run(plain, tmp_path, mode="export")
+  assert given[0].data.root == "mine"
+  # It is not known where other settings are.
+  plain.proposals.preset = "fast"
+  with pytest.raises(InputError, match=r"proposals\.preset = 'fast', there"):
+    run.claim_workdir(tmp_path, plain)
+
+
 def test_a_schedule_is_checked_until_something_is_trained(
   root, tmp_path, monkeypatch
 ):

@@ -19,8 +19,9 @@ import pathlib
 import re
 import shutil
 import tempfile
+import unicodedata
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import fsspec
@@ -37,6 +38,7 @@ CACHE_VARIABLE = "JTSM_CACHE_DIR"
 """Environment variable: the folder of `fetch`."""
 
 _REQUESTS = 16  # at once
+_NAME_BYTES = 200  # of a name; file systems take 255, and endings are added
 
 
 def data_path(name: PathOrUrl) -> AnyPath:
@@ -76,10 +78,57 @@ def is_local(path: AnyPath) -> bool:
   return isinstance(path, pathlib.Path)
 
 
+def full_path(path: PathOrUrl) -> str:
+  """The same text for each spelling of a path; a URL stays as it is."""
+  text = str(path)
+  return text if "://" in text else os.path.realpath(text)
+
+
 def safe_name(name: str) -> str:
-  """A name of letters, digits, '.', '_' and '-' that is safe for a file."""
-  safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name)
-  return safe if safe[0] not in ".-" else f"_{safe}"
+  """A name that is safe for a file, and the same however Unicode spells it.
+
+  Characters of ASCII other than letters, digits, '.', '_' and '-', and all that
+  cannot be seen, become '_'; the end of a long name gives way to a hash.
+  """
+  kept = re.sub(r"[^A-Za-z0-9._\x80-\U0010ffff-]", " ", composed(name))
+  seen = "".join(c if c.isprintable() else " " for c in kept)
+  safe = re.sub(" +", "_", seen)
+  safe = safe if safe[0] not in ".-" else f"_{safe}"
+  data = safe.encode()
+  if len(data) <= _NAME_BYTES:
+    return safe
+  key = hashlib.sha256(data).hexdigest()[:16]
+  return f"{data[: _NAME_BYTES - 17].decode(errors='ignore')}-{key}"
+
+
+def composed(name: str) -> str:
+  """A name as most programs spell it (NFC); macOS takes letters apart (NFD)."""
+  return unicodedata.normalize("NFC", name)
+
+
+def check_names(name_of: Mapping[Any, str]) -> None:
+  """Checks that each file has a name of its own.
+
+  Args:
+    name_of: the `safe_name` of each file.
+
+  Raises:
+    InputError: several have one; tells all of them.
+  """
+  files_of: dict[str, list[str]] = {}
+  for file, name in name_of.items():
+    files_of.setdefault(name, []).append(repr(str(file)))
+  twins = [
+    f"\n  {' and '.join(files)} would be called {name!r}"
+    for name, files in files_of.items()
+    if len(files) > 1
+  ]
+  if twins:
+    raise InputError(
+      f"{len(twins)} names are of several images; rename these (the ending"
+      " does not count, and what is no letter, digit, '.', '_' or '-' counts"
+      f" as '_'):{''.join(twins)}"
+    )
 
 
 def folder_name(path: AnyPath) -> str:

@@ -24,6 +24,7 @@ import difflib
 import hashlib
 import io
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 
@@ -35,6 +36,8 @@ from jtsm_jax.data.coco import read_instances
 from jtsm_jax.data.files import (
   AnyPath,
   PathOrUrl,
+  check_names,
+  composed,
   data_path,
   file_lookup,
   file_names,
@@ -75,7 +78,7 @@ class FolderEntry:
 
   Attributes:
     image_id: made from `name`: without the ending, safe as a file name.
-    name: the image as the table names it, relative to `images/`.
+    name: the image as the table names it, relative to `images/`; in NFC.
     path: of the file.
     tags: class indices, ascending.
   """
@@ -187,10 +190,9 @@ def _state(root, train, val) -> str:
   tables = [root / "classes.json", _table(root, "train"), _table(root, "val")]
   # A training calls this, which may not even list the folders of masks.
   files = [root / name for name in _TRUTHS]
-  for entry in val:
-    name = PurePosixPath(entry.name).with_suffix(".png")
-    files.append(root / "labels_val" / name)
   files = [path for path in files if is_file(path)]
+  labels = (_label_file(root / "labels_val", entry, is_file) for entry in val)
+  files += filter(None, labels)
   digest = hashlib.sha256()
   for path in filter(None, tables):
     digest.update(read_file(path))
@@ -213,25 +215,28 @@ def _truth_reader(
   if path.name == "labels_val":
     if not is_folder(path):
       raise InputError(f"{path}: is no folder; it must hold PNG files")
-    files = {entry.name: _label_file(path, entry) for entry in entries}
     exists = file_lookup()
-    _check_lacking(path, [n for n, file in files.items() if not exists(file)])
+    files = {entry.name: _label_file(path, entry, exists) for entry in entries}
+    _check_lacking(path, [name for name, file in files.items() if not file])
     return lambda entry: _record(
       entry, target=_read_labels(files[entry.name], categories)
     )
   if path.name == "instances_val.json":
     instances = read_instances(path, categories)
-    _check_lacking(path, [e.name for e in entries if e.name not in instances])
+    spelt = {composed(name): name for name in instances}
+    _check_lacking(path, [e.name for e in entries if e.name not in spelt])
 
     def read(entry: FolderEntry) -> Record:
-      height, width = instances.size(entry.name)
-      found = instances[entry.name]
+      name = spelt[entry.name]
+      height, width = instances.size(name)
+      found = instances[name]
       return _record(entry, height=height, width=width, instances=found)
 
     return read
   targets = read_panoptic(path, path.with_suffix(""), categories)
-  _check_lacking(path, [e.name for e in entries if e.name not in targets])
-  return lambda entry: _record(entry, target=targets[entry.name])
+  spelt = {composed(name): name for name in targets}
+  _check_lacking(path, [e.name for e in entries if e.name not in spelt])
+  return lambda entry: _record(entry, target=targets[spelt[entry.name]])
 
 
 def _check_lacking(path: AnyPath, names: list[str]) -> None:
@@ -242,9 +247,21 @@ def _check_lacking(path: AnyPath, names: list[str]) -> None:
     )
 
 
-def _label_file(folder: AnyPath, entry: FolderEntry) -> AnyPath:
+def _label_file(
+  folder: AnyPath, entry: FolderEntry, exists: Callable[[AnyPath], bool]
+) -> AnyPath | None:
   name = PurePosixPath(entry.name).with_suffix(".png").as_posix()
-  return safe_path(folder, name, f"{folder}: the labels of {entry.name!r}")
+  where = f"{folder}: the labels of {entry.name!r}"
+  return _find(folder, name, where, exists)
+
+
+def _find(
+  folder: AnyPath, name: str, where: str, exists: Callable[[AnyPath], bool]
+) -> AnyPath | None:
+  """The file that a table names, in whichever form Unicode spells it."""
+  spellings = (name, *(unicodedata.normalize(f, name) for f in ("NFC", "NFD")))
+  files = (safe_path(folder, n, where) for n in dict.fromkeys(spellings))
+  return next(filter(exists, files), None)
 
 
 def _read_labels(path: AnyPath, categories: Categories) -> PanopticMap:
@@ -324,7 +341,8 @@ def _report(
       file=sys.stderr,
     )
   listed = {PurePosixPath(entry.name).as_posix() for entry in train + val}
-  unused = sum(name not in listed for name in file_names(root / "images"))
+  names = map(composed, file_names(root / "images"))
+  unused = sum(name not in listed for name in names)
   if unused:
     print(
       f"{root}: {unused} files in images/ are in no table of tags; they are"
@@ -392,8 +410,8 @@ def _read_tags(
   rows = _csv_rows(path) if path.suffix == ".csv" else _json_rows(path)
   for place, name, names in rows:
     where = f"{path}, {place}"
-    file = safe_path(images, name, where)
-    if not exists(file):
+    file = _find(images, name, where, exists)
+    if file is None:
       raise _no_image(images, name, where)
     if file in place_of:
       raise InputError(
@@ -409,6 +427,7 @@ def _read_tags(
         " one: add it or remove the row"
       )
     tags = tuple(sorted({index_of[tag] for tag in names}))
+    name = composed(name)
     entries.append(FolderEntry(_image_id(name), name, file, tags))
   return entries
 
@@ -490,12 +509,4 @@ def _image_id(name: str) -> str:
 
 def _check_ids(train: list[FolderEntry], val: list[FolderEntry]) -> None:
   """Different files must have different ids, over both splits."""
-  name_of: dict[str, str] = {}
-  for entry in train + val:
-    other = name_of.setdefault(entry.image_id, entry.name)
-    if other != entry.name:
-      raise InputError(
-        f"images {other!r} and {entry.name!r} would both be called"
-        f" {entry.image_id!r}; rename one (the ending and characters other than"
-        " letters, digits, '.', '_' and '-' do not count)"
-      )
+  check_names({entry.name: entry.image_id for entry in train + val})

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import glob
 import hashlib
-import itertools
 import os
 import pathlib
 import sys
@@ -16,7 +16,9 @@ from jtsm_jax.console import progress
 from jtsm_jax.data.files import (
   AnyPath,
   PathOrUrl,
+  check_names,
   data_path,
+  file_lookup,
   is_file,
   is_folder,
   is_local,
@@ -28,11 +30,17 @@ from jtsm_jax.data.files import (
 from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.types import InputError, Record
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+SUFFIXES = (
+  *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif"),
+  *(".tiff", ".avif", ".jp2", ".tga", ".pbm", ".pgm", ".ppm"),
+)
+"""Endings of the images that `decode_image` reads, in any case."""
 
 
-def find_images(where: PathOrUrl) -> dict[str, AnyPath]:
+def find_images(where: PathOrUrl) -> tuple[AnyPath, dict[str, AnyPath]]:
   """The image files of a folder, of a pattern, or one of them.
+
+  Says on stderr how many files it passes over, and of which endings.
 
   Args:
     where: a folder, whose own images count, without those of its subfolders; a
@@ -40,8 +48,10 @@ def find_images(where: PathOrUrl) -> dict[str, AnyPath]:
       file. A local path or a URL.
 
   Returns:
-    The files by their names, which tell them apart and are safe as file names:
-    the path without the ending, from the folder that all of them share.
+    (Their folder: what is given, that of the file, or that before the first
+    wildcard of the pattern;
+    the files by their names, which tell them apart and are safe as file names:
+    `file_name` in that folder, without the ending.)
 
   Raises:
     InputError: there is no such file or folder, or no image in it, or two have
@@ -49,41 +59,58 @@ def find_images(where: PathOrUrl) -> dict[str, AnyPath]:
   """
   path = data_path(where)
   if is_file(path):
-    found = [path]
+    folder, found = path.parent, [path]
   elif is_folder(path):
-    found = [path / name for name in names_in(path)]
+    folder = path
+    found = [path / name for name in names_in(path)]  # also its folders
   elif glob.has_magic(str(where)):
+    folder = next(p for p in path.parents if not glob.has_magic(str(p)))
     found = _matches(path)
   else:
     raise InputError(
       f"{where}: no such file or folder; --input wants a folder of images, an"
-      " image, or a pattern in quotes, such as 'photos/**/*.jpg'"
+      " image, or a pattern in quotes, such as 'photos/**/*'"
     )
+  others = [file for file in found if file.suffix.lower() not in SUFFIXES]
   found = [file for file in found if file.suffix.lower() in SUFFIXES]
+  no_images = [*filter(file_lookup(), others)]
+  endings = collections.Counter(f.suffix.lower() for f in no_images)
+  told = ", ".join(
+    f"{ending or 'no ending'} ({n})" for ending, n in endings.most_common()
+  )
+  num_folders = len(others) - len(no_images)
   if not found:
-    raise InputError(f"{where}: there is no image ({', '.join(SUFFIXES)})")
-  parents = [file.parent.parts for file in found]
-  levels = zip(*parents, strict=False)
-  shared = len([*itertools.takewhile(lambda x: len({*x}) == 1, levels)])
-  named: dict[str, AnyPath] = {}
-  for file in found:
-    name = safe_name("_".join([*file.parent.parts[shared:], file.stem]))
-    if name in named:
-      raise InputError(
-        f"{file} and {named[name]} would both be called {name!r}; rename one"
-        " (the ending and characters other than letters, digits, '.', '_' and"
-        " '-' do not count)"
-      )
-    named[name] = file
-  return named
+    hint = f"; for those in its {num_folders} folders give '{path}/**/*'"
+    raise InputError(
+      f"{where}: there is no image ({', '.join(SUFFIXES)}); found"
+      f" {told or 'nothing'}{hint if num_folders else ''}"
+    )
+  if told:
+    print(
+      f"{where}: {len(no_images)} files are no images that can be read here:"
+      f" {told}; images among them have to be converted",
+      file=sys.stderr,
+    )
+  name_of = {
+    file: safe_name(file_name(file.with_suffix(""), folder).replace("/", "_"))
+    for file in found
+  }
+  check_names(name_of)
+  return folder, {name: file for file, name in name_of.items()}
+
+
+def file_name(path: AnyPath, folder: AnyPath) -> str:
+  """The name of a file relative to a folder that it is in, with '/'."""
+  return "/".join(path.parts[len(folder.parts) :])
 
 
 def _matches(pattern: AnyPath) -> list[AnyPath]:
   if is_local(pattern):
     names = sorted(glob.glob(str(pattern), recursive=True))
     return [pathlib.Path(name) for name in names if os.path.isfile(name)]
-  found = sorted(pattern.fs.glob(pattern.path))
-  return [pattern.with_segments(pattern.fs.unstrip_protocol(n)) for n in found]
+  found = pattern.fs.glob(pattern.path, detail=True)
+  names = sorted(n for n, info in found.items() if info["type"] == "file")
+  return [pattern.with_segments(pattern.fs.unstrip_protocol(n)) for n in names]
 
 
 class ImageFiles:

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -44,6 +43,7 @@ from jtsm_jax.data.files import (
   map_reads,
   names_in,
   remove,
+  safe_name,
   write_file,
   written_whole,
 )
@@ -79,7 +79,6 @@ _SUMMARY = (
   "digests",
   *(f"has_{part}" for part in PARTS),
 )
-_SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
 
 def prepare(
@@ -427,10 +426,12 @@ def _check_record(record: Record, split: str, num_classes: int) -> None:
       f"training record {record.image_id!r} has ground truth; training splits"
       " hold image tags only, so give it target=None and instances=None"
     )
-  if not _SAFE_ID.fullmatch(record.image_id):
+  id_ = record.image_id
+  if not id_ or safe_name(id_) != id_:
     raise InputError(
-      f"image id {record.image_id!r} is no safe file name; use at most 200"
-      " letters, digits, '.', '_' and '-', the first no '.' or '-'"
+      f"image id {id_!r} is no safe file name; use letters (in Unicode's form"
+      " NFC), digits, '.', '_' and '-', the first no '.' or '-', at most 200"
+      " bytes"
     )
   tags = list(record.tags)
   if tags != sorted(set(tags)) or any(not 0 <= t < num_classes for t in tags):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -12,12 +13,18 @@ from jtsm_jax.console import progress
 from jtsm_jax.data import prepared
 from jtsm_jax.data.files import (
   PathOrUrl,
+  check_names,
   data_path,
-  folder_name,
+  is_file,
   is_folder,
   read_bytes,
 )
-from jtsm_jax.data.image_files import ImageFiles, digest, find_images
+from jtsm_jax.data.image_files import (
+  ImageFiles,
+  digest,
+  file_name,
+  find_images,
+)
 from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.evaluation.predict import predict
 from jtsm_jax.modes.data import prepared_directory
@@ -29,8 +36,15 @@ from jtsm_jax.modes.trained import (
   steps_of,
 )
 from jtsm_jax.proposals import store as stores
-from jtsm_jax.reporting.predictions import collect, is_done, write_prediction
-from jtsm_jax.types import InputError
+from jtsm_jax.proposals.fill_store import Maker
+from jtsm_jax.reporting.predictions import (
+  collect,
+  is_done,
+  output_folder,
+  recorded_file,
+  write_prediction,
+)
+from jtsm_jax.types import InputError, Record
 
 Config = ml_collections.ConfigDict
 
@@ -44,33 +58,41 @@ def predict_images(
     config: see configs/base.py.
     workdir: folder of the run; the results lie in its folder "predictions".
     where: see `data.image_files.find_images`.
+
+  Raises:
+    InputError: there is no image, or one has the name of another that was
+      predicted before and is still there.
   """
   directory = prepared_directory(config, workdir)
   categories = prepared.open_prepared(directory).categories
-  files = find_images(where)
-  place = data_path(where)
-  is_whole = is_folder(place)
-  if not is_whole:
-    place = next(iter(files.values())).parent
-  output = workdir / "predictions" / folder_name(place)
+  folder, files = find_images(where)
+  output = output_folder(workdir / "predictions", folder)
+  file_names = {name: file_name(path, folder) for name, path in files.items()}
+  name_of = {path: name for name, path in files.items()}
+  for name in files:  # and those of earlier calls that are still there
+    before = recorded_file(output, name)
+    if before not in (None, file_names[name]) and is_file(folder / before):
+      name_of[folder / before] = name
+  check_names(name_of)
   maker = proposal_maker(config)
   trained = load_trained(config, workdir, categories)
   settings = result_settings(config) | {"proposals": maker.key}
 
-  def made_with(data: bytes) -> dict[str, Any]:
-    return trained.key | {"image": digest(data), "settings": settings}
+  def made_with(name: str, data: bytes) -> dict[str, Any]:
+    image = {"file": file_names[name], "image": digest(data)}
+    return trained.key | image | {"settings": settings}
 
   todo = {}
   for name, path in progress(files.items(), "look", unit="image"):
     with contextlib.suppress(OSError):  # is reported below
-      if is_done(output, name, made_with=made_with(read_bytes(path))):
+      if is_done(output, name, made_with=made_with(name, read_bytes(path))):
         continue
     todo[name] = path
   print(f"predict: {len(files)} images, {len(files) - len(todo)} of them done")
   source = ImageFiles(todo, num_classes=len(categories))
   if len(source):
     path = output / "proposals" / maker.key
-    fill_store_of(config, source, path, maker)
+    fill_store_of(config, source, path, _by_name(maker, source))
     for prediction in predict(
       steps_of(config, trained.model, trained.variables),
       source,
@@ -80,23 +102,24 @@ def predict_images(
       settings=prediction_settings(config),
     ):
       n = prediction.index
-      data = source[n].image
+      data, name = source[n].image, source.names[n]
       write_prediction(
         output,
-        source.names[n],
+        name,
         prediction,
         categories,
         image=decode_image(data),
-        file_name=source.paths[n].name,
-        made_with=made_with(data),
+        file_name=file_names[name],
+        made_with=made_with(name, data),
       )
   whole = [name for name in files if name not in source.left_out]
   if not whole:
     raise InputError(f"{where}: no image can be decoded, see above")
-  others = set()
-  if not is_whole:  # what other patterns found stays beside it
-    others = {p.stem for p in (output / "records").glob("*.json")}
-  collect(output, [*whole, *sorted(others - {*whole})], categories)
+  # What other patterns found stays beside it.
+  others = {p.stem for p in (output / "records").glob("*.json")} - {*files}
+  if is_folder(data_path(where)):  # but what it no longer holds
+    others = {n for n in others if "/" in (recorded_file(output, n) or "")}
+  collect(output, [*whole, *sorted(others)], categories)
   if source.left_out:
     print(f"left out   {len(source.left_out)} files, see above")
   print(
@@ -106,3 +129,14 @@ def predict_images(
     f"boxes      {output / 'detections.json'}\n"
     f"overlays   {output / 'overlays'}"
   )
+
+
+def _by_name(maker: Maker, source: ImageFiles) -> Maker:
+  """Proposals from elsewhere know an image by its name, without the digest."""
+  name_of = dict(zip(source.image_ids, source.names, strict=True))
+
+  def read(record: Record) -> Any:
+    name = name_of[record.image_id]
+    return maker.read(dataclasses.replace(record, image_id=name))
+
+  return dataclasses.replace(maker, read=read)

@@ -1,5 +1,6 @@
 """Predictions as files: one image at a time, whole or not at all.
 
+    FOLDER/input.txt            the folder of the images
     FOLDER/records/NAME.json    all that is known of an image; written last
     FOLDER/panoptic/NAME.png    COCO panoptic: ids as R + 256 G + 65536 B
     FOLDER/classes/NAME.png     index of each pixel's class, 255 for void
@@ -15,8 +16,10 @@ bytes need not be predicted again.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +28,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from jtsm_jax.data.files import write_file
+from jtsm_jax.data.files import AnyPath, folder_name, full_path, write_file
 from jtsm_jax.data.panoptic_files import encode_ids, panoptic_annotation
 from jtsm_jax.evaluation.predict import Prediction
 from jtsm_jax.reporting.visualize import (
@@ -36,6 +39,27 @@ from jtsm_jax.reporting.visualize import (
 from jtsm_jax.types import Categories, Detections, PanopticMap
 
 VOID_CLASS = 255
+
+
+def output_folder(parent: pathlib.Path, images: AnyPath) -> pathlib.Path:
+  """The folder for the predictions of a folder of images.
+
+  It has the name of that one. If this belongs to other images, whose results
+  must not be overwritten, a hash of the path follows.
+
+  Args:
+    parent: of the folder, which is made if absent.
+    images: the folder of the images, however it is spelt.
+  """
+  owner = os.fsencode(full_path(images)) + b"\n"
+  folder = parent / folder_name(images)
+  note = folder / "input.txt"
+  if folder.exists() and not (note.exists() and note.read_bytes() == owner):
+    folder = parent / f"{folder.name}-{hashlib.sha256(owner).hexdigest()[:8]}"
+    note = folder / "input.txt"
+  if not note.exists():
+    write_file(note, owner)
+  return folder
 
 
 def write_prediction(
@@ -56,7 +80,7 @@ def write_prediction(
     prediction: of the image.
     categories: the classes; at most 255.
     image: [H, W, 3] uint8 RGB.
-    file_name: of the image.
+    file_name: of the image, relative to the folder of the images.
     made_with: weights, settings and the image's digest, see `is_done`.
 
   Raises:
@@ -99,6 +123,14 @@ def is_done(
     return _read_record(folder, name)["made_with"] == made_with
   except (OSError, ValueError, KeyError, TypeError):
     return False  # none, or of another program
+
+
+def recorded_file(folder: pathlib.Path, name: str) -> str | None:
+  """The `file_name` of the image that has a record; None if none has."""
+  try:
+    return _read_record(folder, name)["image"]["file_name"]
+  except (OSError, ValueError, KeyError, TypeError):
+    return None  # as above
 
 
 def collect(

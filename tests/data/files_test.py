@@ -44,6 +44,34 @@ def test_urls_that_cannot_be_reached(monkeypatch):
       files.data_path(url)
 
 
+@pytest.mark.parametrize(
+  ("name", "wanted"),
+  [
+    ("IMG_1-a.b", "IMG_1-a.b"),
+    ("sub/b  c", "sub_b_c"),
+    ("-a", "_-a"),
+    (".a", "_.a"),
+    ("日本", "日本"),
+    ("हिन्दी", "हिन्दी"),  # its vowel signs are no letters
+    ("cafe\u0301 1", "café_1"),  # as macOS spells it
+    ("a\u202eb\u3000c\udcff", "a_b_c_"),  # what nobody can see
+  ],
+)
+def test_safe_names(name, wanted):
+  assert files.safe_name(name) == wanted
+  assert files.safe_name(wanted) == wanted
+
+
+def test_long_names_stay_apart():
+  names = [files.safe_name("山" * 99 + end) for end in ("a", "b")]
+  assert names[0] != names[1]
+  for name in names:
+    assert name.startswith("山" * 60)
+    assert len(name.encode()) <= 200
+    assert files.safe_name(name) == name
+  assert files.safe_name("a" * 200) == "a" * 200
+
+
 def test_safe_paths(tmp_path):
   (tmp_path / "folder" / "inner").mkdir(parents=True)
   link = tmp_path / "link"

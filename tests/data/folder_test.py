@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import unicodedata
 
 import numpy as np
 import pytest
@@ -226,6 +227,52 @@ def palette_image(values):
   return image
 
 
+@pytest.mark.parametrize("in_bucket", [False, True])
+@pytest.mark.parametrize("truth", [None, add_instances, add_labels])
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+def test_names_match_however_unicode_spells_them(
+  root, tmp_path, bucket, on_disk, truth, in_bucket, capsys
+):
+  if truth:
+    truth(root)
+  (root / "images" / "w.png").unlink()
+  table("image,tags\nà/é.jpg,cow\n日本.jpg,sky\n中国.jpg,cow\n")(root)
+  table("image,tags\nü.png,sky\n", "val_tags.csv")(root)
+
+  def spelt(name):
+    return unicodedata.normalize(on_disk, name)
+
+  images = root / "images"
+  (images / spelt("à")).mkdir()
+  for old, new in {
+    "images/a.jpg": "images/à/é.jpg",
+    "images/b c.png": "images/日本.jpg",
+    "images/sub/d.jpg": "images/中国.jpg",
+    "images/v.png": "images/ü.png",
+    "labels_val/v.png": "labels_val/ü.png",
+  }.items():
+    if (root / old).exists():
+      (root / old).rename(root / spelt(new))
+  for name in ("panoptic_val.json", "instances_val.json"):
+    if (root / name).exists():
+      text = (root / name).read_text()
+      text = text.replace('"v.png"', json.dumps(spelt("ü.png")), 1)
+      (root / name).write_text(text)
+  state = folder.folder_state(root)
+  source = folder.folder_source(upload(root, bucket) if in_bucket else root)
+  train, val = source.splits["train"], source.splits["val"]
+  assert [r.image_id for r in train] == ["à_é", "日本", "中国"]
+  assert [r.image_id for r in val] == ["ü"]
+  assert val[0].instances if truth is add_instances else val[0].target
+  assert "not used" not in capsys.readouterr().err
+  prepare.prepare(source, tmp_path / "out")
+  data = prepared.open_prepared(tmp_path / "out")
+  assert data.splits["train"][1].image_id == "日本"
+  if truth is add_labels:  # are looked at, however they are spelt
+    save_grey(root / spelt("labels_val/ü.png"), np.ones((9, 9), np.uint8))
+    assert folder.folder_state(root) != state
+
+
 @pytest.mark.parametrize("kind", ["grey", "grey16", "palette"])
 def test_labels(root, kind):
   add_labels(
@@ -444,9 +491,11 @@ def add_link(root):
   table("image,tags\nlink.png,cow\n")(root)
 
 
-def add_twin(root):
-  save(root / "images" / "a.png")
-  table("image,tags\na.jpg,cow\na.png,cow\n")(root)
+def add_twins(root):
+  for name in ("a.png", "b_c.png"):
+    save(root / "images" / name)
+  table("image,tags\na.jpg,cow\nb c.png,cow\na.png,cow\n")(root)
+  table("image,tags\nb_c.png,\n", "val_tags.csv")(root)
 
 
 COW_CLASS = {"id": 1, "name": "cow", "isthing": 1}
@@ -486,7 +535,10 @@ COW_CLASS = {"id": 1, "name": "cow", "isthing": 1}
     (table("image,tags\n/etc/hosts,cow\n"), "line 2.*leaves the folder"),
     (table("image,tags\n../mine/images/a.jpg,cow\n"), "leaves the folder"),
     (add_link, "is a link that leaves"),
-    (add_twin, "'a.jpg' and 'a.png' would both be called 'a'"),
+    (
+      add_twins,
+      "(?s)'a.jpg' and 'a.png' would be called 'a'.*'b c.png' and 'b_c.png'",
+    ),
     (table("image,tags\na.jpg,\n"), r"line 2: image 'a\.jpg' has no tags"),
     (table("image,tags\na.jpg, ;\n"), "has no tags"),
     (table("image,tags\na.jpg,cow,sky\n"), "line 2: more values than columns"),

@@ -8,6 +8,7 @@ from PIL import Image
 
 from jtsm_jax.data import image_files
 from jtsm_jax.types import InputError
+from tests.data.buckets import upload
 
 
 def png(size=(4, 6), seed=0):
@@ -30,7 +31,7 @@ def root(tmp_path):
 
 
 def names(where, root):
-  found = image_files.find_images(where)
+  _, found = image_files.find_images(where)
   return {n: p.relative_to(root).as_posix() for n, p in found.items()}
 
 
@@ -50,7 +51,20 @@ def test_patterns(root):
     "b_c": "b c.png",
     "sub_a": "sub/a.png",
   }
-  assert names(f"{root}/*/x/*", root) == {"_-d": "sub/x/-d.jpg"}
+  assert names(f"{root}/*/x/*", root) == {"sub_x_-d": "sub/x/-d.jpg"}
+
+
+def test_the_folder_of_a_pattern(root, monkeypatch):
+  monkeypatch.chdir(root / "sub")
+  for where, folder in {
+    "*": ".",
+    "../**/*": "..",
+    "./x/*": "x",
+    f"{root}/s*/x/*": str(root),
+    f"{root}/sub": f"{root}/sub",
+    "a.png": ".",
+  }.items():
+    assert str(image_files.find_images(where)[0]) == folder
 
 
 def test_a_pattern_in_a_bucket(root, bucket):
@@ -58,39 +72,82 @@ def test_a_pattern_in_a_bucket(root, bucket):
     if path.is_file():
       name = path.relative_to(root).as_posix()
       bucket.fs.pipe_file(f"{bucket.path}/{name}", path.read_bytes())
-  found = image_files.find_images(f"{bucket}/**/*.png")
+  folder, found = image_files.find_images(f"{bucket}/**/*.png")
   assert set(found) == {"b_c", "sub_a"}
+  assert str(folder) == str(bucket)
   source = image_files.ImageFiles(found, num_classes=2)
   assert source[source.names.index("sub_a")].image == png(seed=2)
-  assert set(image_files.find_images(str(bucket))) == {"a", "b_c"}
+  assert set(image_files.find_images(str(bucket))[1]) == {"a", "b_c"}
   with pytest.raises(InputError, match="no such file or folder"):
     image_files.find_images("memory://bucket/none")
+
+
+def test_what_is_no_image_is_told(root, bucket, capsys):
+  (root / "folder.png").rmdir()
+  for name in ("1.HEIC", "2.heic", "sub/3.heic", "README"):
+    (root / name).write_bytes(b"what nobody here can read")
+  for place in (root, upload(root, bucket)):
+    image_files.find_images(place)
+    assert capsys.readouterr().err == (
+      f"{place}: 4 files are no images that can be read here: .heic (2), no"
+      " ending (1), .txt (1); images among them have to be converted\n"
+    )
+    image_files.find_images(f"{place}/**/*")
+    assert "5 files are no images" in capsys.readouterr().err
+    image_files.find_images(f"{place}/**/*.png")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("suffix", image_files.SUFFIXES)
+def test_all_kinds_are_read(tmp_path, suffix):
+  path = tmp_path / f"a{suffix}"
+  Image.new("RGB", (6, 4), (200, 30, 40)).save(path)
+  _, found = image_files.find_images(tmp_path)
+  assert image_files.ImageFiles(found, num_classes=1).sizes.tolist() == [[4, 6]]
 
 
 @pytest.mark.parametrize(
   ("where", "message"),
   [
     ("none", r"none: no such file or folder; --input wants"),
-    ("folder.png", r"folder.png: there is no image \(\.jpg,"),
-    ("notes.txt", "there is no image"),
+    ("folder.png", r"folder.png: there is no image \(\.jpg,.*; found nothing$"),
+    ("notes.txt", r"there is no image \(.*\); found \.txt \(1\)$"),
     ("*.gif", "there is no image"),
+    ("notes*", r"there is no image \(.*\); found \.txt \(1\)$"),
+    (
+      "albums",
+      r"no image \(.*\); found no ending \(1\); for those in its 2 folders give"
+      r" '.*/albums/\*\*/\*'$",
+    ),
   ],
 )
 def test_nothing_to_predict(root, where, message):
+  for name in ("day 1", "day 2"):
+    (root / "albums" / name).mkdir(parents=True)
+  (root / "albums" / "README").write_text("none")
   with pytest.raises(InputError, match=message):
     image_files.find_images(root / where)
 
 
-def test_two_of_one_name(root):
-  (root / "b_c.jpg").write_bytes(png())
-  with pytest.raises(InputError, match="would both be called 'b_c'"):
-    image_files.find_images(f"{root}/*.*g")
+def test_files_of_one_name_are_all_told(root):
+  for name in ("b_c.jpg", "b+c.jpg", "a.jpg"):
+    (root / name).write_bytes(png())
+  with pytest.raises(InputError, match="2 names") as raised:
+    image_files.find_images(root)
+  for name in ("a.PNG", "a.jpg", "b c.png", "b+c.jpg", "b_c.jpg"):
+    assert str(root / name) in str(raised.value)
+
+
+def test_names_of_any_script(tmp_path):
+  for name in ("日本.jpg", "中国.jpg", "cafe\u0301.jpg"):
+    (tmp_path / name).write_bytes(png())
+  assert set(image_files.find_images(tmp_path)[1]) == {"日本", "中国", "café"}
 
 
 def test_bad_images_are_left_out_with_a_message(root, capsys):
   (root / "cut.png").write_bytes(png()[:50])
   (root / "empty.jpg").write_bytes(b"")
-  files = image_files.find_images(f"{root}/*.*")
+  _, files = image_files.find_images(f"{root}/*.*")
   files["gone"] = root / "gone.png"
   source = image_files.ImageFiles(files, num_classes=3)
   assert source.names == ("a", "b_c")
@@ -103,7 +160,7 @@ def test_bad_images_are_left_out_with_a_message(root, capsys):
 
 
 def test_ids_change_with_the_content(root):
-  files = image_files.find_images(root / "sub")
+  _, files = image_files.find_images(root / "sub")
   before = image_files.ImageFiles(files, num_classes=1).image_ids
   assert image_files.ImageFiles(files, num_classes=1).image_ids == before
   (root / "sub" / "a.png").write_bytes(png(seed=9))
