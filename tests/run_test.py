@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
@@ -192,6 +193,19 @@ def test_settings_are_compared_again_before_training(
   monkeypatch.setattr(run, "propose", propose_while_another_trains)
   with pytest.raises(InputError, match="belongs to a run of other settings"):
     run.run(config, tmp_path, mode="train")
+
+
+def test_the_devices_are_told_once(root, tmp_path, monkeypatch, capsys):
+  config = _config(root, "data0")
+  line = f"devices: {jax.device_count()} x cpu (cpu)"
+  for name in ("run_training", "run_evaluation"):
+    monkeypatch.setattr(run, name, lambda *args, **kwargs: None)
+  monkeypatch.setattr(run, "_is_trained", lambda workdir: True)
+  for mode in ("train", "evaluate", "all"):
+    run.run(config, tmp_path, mode=mode)
+    assert capsys.readouterr().out.splitlines().count(line) == 1
+  run.run(config, tmp_path, mode="propose")
+  assert "devices" not in capsys.readouterr().out
 
 
 def test_a_first_checkpoint_that_was_not_finished_binds_nothing(root, tmp_path):
