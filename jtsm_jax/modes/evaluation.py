@@ -43,7 +43,7 @@ from jtsm_jax.proposals import store as stores
 from jtsm_jax.reporting import stages
 from jtsm_jax.reporting.predictions import collect, write_prediction
 from jtsm_jax.reporting.visualize import write_image
-from jtsm_jax.train import build, checkpoints
+from jtsm_jax.train import build, checkpoints, origin
 from jtsm_jax.train.metrics import MetricWriter
 
 Config = ml_collections.ConfigDict
@@ -67,6 +67,7 @@ def run_evaluation(
     logs: the training has ended here: add to its metrics what it has not
       evaluated itself.
   """
+  origin.check_classes(workdir / "checkpoints", data.categories)
   model = build.build_model(config, data.categories)
   step, variables = checkpoints.restore_variables(
     workdir / "checkpoints", averaged=config.evaluation.ema
