@@ -26,9 +26,11 @@ import orbax.checkpoint as ocp
 import pytest
 from array_record.python import array_record_module
 from PIL import Image
+from pycocotools import mask as mask_utils
 
 from jtsm_jax.data.panoptic_files import decode_ids, write_panoptic
 from jtsm_jax.data.shapes import SHAPES_CATEGORIES, shapes_source
+from jtsm_jax.data.things import instances_of
 from jtsm_jax.proposals import store as stores
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -968,6 +970,53 @@ def test_a_broken_picture_is_reported_and_left_out(folder, run, tmp_path):
   content = report_content(workdir / "report" / "index.html")
   assert content["metrics"] is None
   assert [len(s["images"]) for s in content["sections"]] == [11]
+
+
+def test_instances_alone_as_ground_truth(folder, run, tmp_path):
+  root, workdir = tmp_path / "mine", tmp_path / "run"
+  shutil.copytree(folder, root)
+  shutil.rmtree(root / "panoptic_val")
+  (root / "panoptic_val.json").unlink()
+  records = shapes_source(seed=0, side=64, num_train=12, num_val=6)
+  images, annotations = [], []
+  for n, record in enumerate(records.splits["val"]):
+    size, found = record.target.ids.shape, instances_of(record.target)
+    name = f"{record.image_id}.jpg"
+    images.append(
+      {"id": n, "file_name": name, "height": size[0], "width": size[1]}
+    )
+    for k, area, rle in zip(
+      found.category, found.area, found.rles, strict=True
+    ):
+      mask = {"size": list(size), "counts": rle.decode()}
+      annotations.append(
+        {
+          "id": len(annotations),
+          "image_id": n,
+          "category_id": SHAPES_CATEGORIES.items[k].id,
+          "bbox": mask_utils.toBbox(mask).tolist(),
+          "area": area,
+          "segmentation": mask,
+        }
+      )
+  truth = {
+    "images": images,
+    "annotations": annotations,
+    "categories": SHAPES_CATEGORIES.to_list(),
+  }
+  (root / "instances_val.json").write_text(json.dumps(truth))
+  flags = *mine(root), "--config.train.steps=2", "--config.warm_up.steps=0"
+  out, _ = run(workdir, *flags, "--config.train.evaluate_every=2")
+  assert "no PQ: it needs panoptic masks" in out
+  assert out.count("masks of things, COCO: AP") == 2  # once while it trains
+  metrics = json.loads((workdir / "evaluation" / "metrics.json").read_text())
+  assert metrics["task"] == "instance"
+  assert metrics["coco"]["objects"]["all"] == len(annotations) > 6
+  assert "val/map50" in lines(workdir)[-1]
+  run(workdir, *flags, "--mode=report")
+  content = report_content(workdir / "report" / "index.html")
+  assert content["metrics"] == metrics
+  assert [len(s["images"]) for s in content["sections"]] == [6, 12]
 
 
 def test_an_image_that_the_store_lacks_is_proposed(

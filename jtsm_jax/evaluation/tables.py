@@ -6,6 +6,9 @@ from typing import Any
 
 from jtsm_jax.evaluation import panoptic_quality
 
+MAIN_MEASURE = {"panoptic": "pq", "instance": "map50", "detection": "map"}
+"""The first of `main_measures`, by task."""
+
 _COCO = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
 

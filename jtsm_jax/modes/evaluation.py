@@ -83,7 +83,7 @@ def run_evaluation(
     data.categories,
     made_with=key | score_settings(config),
   )
-  if not has_truth_for_task(config, data):
+  if not has_truth(data):
     print("evaluate: there is no ground truth of validation images to compare")
     _print_next(workdir)
     return
@@ -134,6 +134,8 @@ def run_evaluation(
         found = main_measures(result)
         writer.write(step, {f"{group}/{k}": v for k, v in found.items()})
   print(final_table(result, corloc))
+  if result["task"] != config.task:
+    print("no PQ: it needs panoptic masks, and val has instances alone")
   print(f"\nfigures    {folder_ / 'metrics.json'}")
   print(f"predicted  {folder_ / 'predictions'}")
   print(f"pictures   {folder_ / 'overlays'}")
@@ -208,13 +210,6 @@ def prediction_sheet(
     data.categories,
   )
   return image_id, sheet
-
-
-def has_truth_for_task(config: Config, data: PreparedData) -> bool:
-  """Whether the validation images can be evaluated."""
-  return "val" in data.splits and has_truth(
-    data.splits["val"], task=config.task
-  )
 
 
 def _print_next(workdir: pathlib.Path) -> None:

@@ -46,6 +46,7 @@ def train(
   store: ProposalStore,
   stopping: Stopping,
   evaluate: Evaluate | None = None,
+  measure: str = "",
   show_mined: ShowMined | None = None,
   profile: tuple[int, int] | None = None,
 ) -> None:
@@ -64,6 +65,7 @@ def train(
       last one included where it is a multiple, by the first process, with
       variables; returns metrics, whose first one decides the best checkpoint,
       and pictures.
+    measure: the name of that first one.
     show_mined: called every `config.train.images_every` steps (0: never) and in
       the last one, with a batch, its mined segments and, with branches, the
       futures of their masks; returns pictures.
@@ -220,8 +222,7 @@ def train(
 
     # What is told on the way.
     if not first_step:
-      measure = {"panoptic": "pq", "instance": "map50", "detection": "map"}
-      measures = [f"val/{measure[config.task]}"] if evaluate else []
+      measures = [f"val/{measure}"] if evaluate else []
       writer.describe(
         flatten_dict(settings, sep="."), measures=["loss/total", *measures]
       )
