@@ -117,11 +117,11 @@ def write_report(
     The page.
 
   Raises:
-    InputError: the validation images have ground truth and are not evaluated,
-      or with other weights; or a file of the run is damaged.
+    InputError: there is something to measure, and it is not evaluated, or with
+      other weights; or a file of the run is damaged.
   """
   val, metrics, predicted = data.splits.get("val"), None, None
-  if has_truth(data):
+  if has_truth(data) or "corloc" in data.splits:
     metrics = read_metrics(
       workdir / "evaluation" / "metrics.json", weights=weights
     )

@@ -154,6 +154,9 @@ def test_boxes_need_no_masks():
   lines = final_table(result, corloc).splitlines()
   assert lines[0].split() == ["AP", "objects", "CorLoc"]
   assert lines[4].split() == ["cow", "100.0", "1", "100.0"]
+  lines = final_table({"task": "detection"}, corloc).splitlines()
+  assert lines[0].split() == ["CorLoc", "images"]
+  assert lines[4].split() == ["cow", "100.0", "1"]
   with pytest.raises(InputError, match="image a has no masks"):
     run(Truth(things=things), "instance")
 
