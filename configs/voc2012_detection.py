@@ -4,7 +4,9 @@
         --workdir=runs/voc_detection --config.data.root=VOCdevkit \
         --config.backbone.pretrained=resnet18_ws_model_120.pkl
 
-Variants and what is needed: as configs/voc2012_panoptic.py.
+Variants and what is needed: as configs/voc2012_panoptic.py. CorLoc is measured
+here; mAP by VOC's server, which gets WORKDIR/evaluation/results
+(docs/reproduce.md).
 
 Hardware: 4 GPUs in the paper. mAP 51.5, CorLoc 72.5 in the paper; not measured
 here.

@@ -175,6 +175,8 @@ def run(
   store = propose(config, workdir, data)
   if mode in ("all", "train"):
     _train(config, workdir, data, store, profile=profile)
+  if mode == "evaluate":
+    _print_devices()
   if mode in ("all", "evaluate"):
     run_evaluation(config, workdir, data, store, logs=mode == "all")
   if mode == "report":
@@ -261,11 +263,18 @@ def claim_workdir(
 
 
 def _train(config, workdir, data, store, *, profile) -> None:
+  _print_devices()
   is_first = jax.process_index() == 0  # the others share its claim
   with alone_in(workdir) if is_first else contextlib.nullcontext():
     # Again: another one may have begun to train in the meantime.
     claim_workdir(workdir, config, alone=True)
     run_training(config, workdir, data, store, profile=profile)
+
+
+def _print_devices() -> None:
+  """On what it computes: a missing driver is easily overlooked."""
+  count, kind = jax.device_count(), jax.devices()[0].device_kind
+  print(f"devices: {count} x {kind} ({jax.default_backend()})")
 
 
 def _keep_compiled_programs() -> None:

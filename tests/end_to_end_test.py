@@ -26,9 +26,12 @@ import orbax.checkpoint as ocp
 import pytest
 from array_record.python import array_record_module
 from PIL import Image
+from pycocotools import mask as mask_utils
 
 from jtsm_jax.data.panoptic_files import decode_ids, write_panoptic
 from jtsm_jax.data.shapes import SHAPES_CATEGORIES, shapes_source
+from jtsm_jax.data.things import instances_of
+from jtsm_jax.data.voc import VOC_NAMES
 from jtsm_jax.proposals import store as stores
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -968,6 +971,119 @@ def test_a_broken_picture_is_reported_and_left_out(folder, run, tmp_path):
   content = report_content(workdir / "report" / "index.html")
   assert content["metrics"] is None
   assert [len(s["images"]) for s in content["sections"]] == [11]
+
+
+def test_instances_alone_as_ground_truth(folder, run, tmp_path):
+  root, workdir = tmp_path / "mine", tmp_path / "run"
+  shutil.copytree(folder, root)
+  shutil.rmtree(root / "panoptic_val")
+  (root / "panoptic_val.json").unlink()
+  records = shapes_source(seed=0, side=64, num_train=12, num_val=6)
+  images, annotations = [], []
+  for n, record in enumerate(records.splits["val"]):
+    size, found = record.target.ids.shape, instances_of(record.target)
+    name = f"{record.image_id}.jpg"
+    images.append(
+      {"id": n, "file_name": name, "height": size[0], "width": size[1]}
+    )
+    for k, area, rle in zip(
+      found.category, found.area, found.rles, strict=True
+    ):
+      mask = {"size": list(size), "counts": rle.decode()}
+      annotations.append(
+        {
+          "id": len(annotations),
+          "image_id": n,
+          "category_id": SHAPES_CATEGORIES.items[k].id,
+          "bbox": mask_utils.toBbox(mask).tolist(),
+          "area": area,
+          "segmentation": mask,
+        }
+      )
+  truth = {
+    "images": images,
+    "annotations": annotations,
+    "categories": SHAPES_CATEGORIES.to_list(),
+  }
+  (root / "instances_val.json").write_text(json.dumps(truth))
+  flags = *mine(root), "--config.train.steps=2", "--config.warm_up.steps=0"
+  out, _ = run(workdir, *flags, "--config.train.evaluate_every=2")
+  assert "no PQ: it needs panoptic masks" in out
+  assert out.count("masks of things, COCO: AP") == 2  # once while it trains
+  metrics = json.loads((workdir / "evaluation" / "metrics.json").read_text())
+  assert metrics["task"] == "instance"
+  assert metrics["coco"]["objects"]["all"] == len(annotations) > 6
+  assert "val/map50" in lines(workdir)[-1]
+  run(workdir, *flags, "--mode=report")
+  content = report_content(workdir / "report" / "index.html")
+  assert content["metrics"] == metrics
+  assert [len(s["images"]) for s in content["sections"]] == [6, 12]
+
+
+def test_voc_without_public_ground_truth(run, tmp_path):
+  """VOC 2012: CorLoc of the training images, and boxes for the server."""
+  voc, workdir = tmp_path / "VOCdevkit" / "VOC2012", tmp_path / "run"
+  for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+    (voc / name).mkdir(parents=True)
+  source = shapes_source(seed=0, side=64, num_train=3, num_val=6)
+  listed = {"train": "test", "val": "trainval"}  # only "val" has boxes
+  for split, records in source.splits.items():
+    ids = [record.image_id for record in records]
+    (voc / "ImageSets" / "Main" / f"{listed[split]}.txt").write_text(
+      "\n".join(ids)
+    )
+    for record in records:
+      name = record.image_id
+      (voc / "JPEGImages" / f"{name}.jpg").write_bytes(record.image)
+      if record.target is None:
+        continue
+      found = instances_of(record.target)
+      objects = [
+        f"<object><name>{VOC_NAMES[k]}</name><bndbox><xmin>{x0 + 1}</xmin>"
+        f"<ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox>"
+        "</object>"
+        for k, (y0, x0, y1, x1) in zip(found.category, found.boxes, strict=True)
+      ]
+      (voc / "Annotations" / f"{name}.xml").write_text(
+        f"<annotation>{''.join(objects)}</annotation>"
+      )
+  flags = (
+    "--config.task=detection",
+    "--config.data.name=voc_detection",
+    "--config.data.year=2012",
+    f"--config.data.root={voc.parent}",
+    "--config.train.steps=2",
+    "--config.warm_up.steps=0",
+    "--config.reestimation.start=0",
+  )
+  run(workdir, "--mode=propose", *flags)
+  with watch(workdir / "data" / "instances") as opened:
+    run(workdir, "--mode=train", *flags)
+    assert opened() == 0
+    out, _ = run(workdir, "--mode=evaluate", *flags)
+    assert opened() > 0
+  assert "there is no ground truth of validation images" in out
+  metrics = json.loads((workdir / "evaluation" / "metrics.json").read_text())
+  assert metrics["split"] == "corloc"
+  assert 0 <= metrics["corloc"]["corloc"] <= 100
+  seen = [v["images"] for v in metrics["corloc"]["per_class"].values()]
+  assert sum(seen) >= 6
+  assert f"{metrics['corloc']['corloc']:.1f}" in out
+  files = workdir / "evaluation" / "results" / "VOC2012" / "Main"
+  assert f"server     {files}" in out
+  rows = []
+  for name in VOC_NAMES:
+    text = (files / f"comp4_det_test_{name}.txt").read_text()
+    rows += [line.split() for line in text.splitlines()]
+  test = [record.image_id for record in source.splits["train"]]
+  assert {row[0] for row in rows} == set(test)
+  for _, _, x0, y0, x1, y1 in rows:
+    assert 1 <= float(x0) <= float(x1) <= 64
+    assert 1 <= float(y0) <= float(y1) <= 64
+  run(workdir, "--mode=report", *flags)
+  content = report_content(workdir / "report" / "index.html")
+  assert content["metrics"] == metrics
+  assert [s["key"] for s in content["sections"]] == ["train"]
 
 
 def test_an_image_that_the_store_lacks_is_proposed(

@@ -1,11 +1,15 @@
 """Modes within this process; end_to_end_test.py runs the whole program."""
 
+import dataclasses
 import json
 import pathlib
+import shutil
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
+from PIL import Image
 
 from jtsm_jax import run
 from jtsm_jax.data import prepared
@@ -13,7 +17,8 @@ from jtsm_jax.data.pipeline import inference_batches
 from jtsm_jax.data.prepare import prepare
 from jtsm_jax.data.shapes import shapes_source
 from jtsm_jax.modes.data import data_settings
-from jtsm_jax.types import InputError
+from jtsm_jax.train import setup
+from jtsm_jax.types import Categories, InputError
 from tests.configs import tiny
 
 
@@ -246,6 +251,81 @@ def test_settings_are_compared_again_before_training(
   monkeypatch.setattr(run, "propose", propose_while_another_trains)
   with pytest.raises(InputError, match="belongs to a run of other settings"):
     run.run(config, tmp_path, mode="train")
+
+
+@pytest.fixture(scope="module")
+def trained(root):
+  """(configuration, workdir) of a run of two steps. Only to be read."""
+  config = _config(root, "data0")
+  config.warm_up.steps = config.train.evaluate_every = 0
+  config.train.steps, config.train.checkpoint_every = 2, 1
+  config.reestimation.start, config.reestimation.lag = 0, 1
+  config.evaluation.calibrate = False
+  run.run(config, root / "trained", mode="train")
+  return config, root / "trained"
+
+
+def test_a_finished_run_tells_that_it_learns_nothing(trained, root, capsys):
+  config, workdir = trained
+  run.run(config, workdir, mode="train")
+  assert capsys.readouterr().out.endswith("train: all 2 steps are done\n")
+  config = config.copy_and_resolve_references()
+  config.data.prepared = str(root / "data1")
+  run.run(config, workdir, mode="train")
+  said = capsys.readouterr().out.splitlines()[-1]
+  assert "all 2 steps are done, with other training images" in said
+  assert "nothing is learned from" in said
+  assert said.endswith(f"another --workdir, with --init_from={workdir}")
+
+
+def test_segments_of_images_before_are_not_those_of_new_ones(
+  trained, root, tmp_path, monkeypatch, capsys
+):
+  config = trained[0].copy_and_resolve_references()
+  begun, batches_from = [], setup.batches_from
+
+  def spy(run, step, **options):
+    begun.append(step)
+    return batches_from(run, step, **options)
+
+  monkeypatch.setattr(setup, "batches_from", spy)
+  for data, steps in (("data0", [0, 1]), ("data1", [1])):
+    shutil.copytree(trained[1], tmp_path / data)
+    shutil.rmtree(tmp_path / data / "checkpoints" / "2")
+    config.data.prepared = str(root / data)
+    begun.clear()
+    run.run(config, tmp_path / data, mode="train")
+    said = capsys.readouterr().out
+    assert ("from step 1 of 2, with other training" in said) == (len(steps) < 2)
+    assert begun == steps  # those before are of segments that wait
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate", "predict", "export"])
+def test_classes_in_another_order_are_refused(trained, root, tmp_path, mode):
+  config, workdir = trained
+  source = shapes_source(seed=0, num_train=2, num_val=1, side=64)
+  items = list(source.categories.items)
+  items[0], items[1] = items[1], items[0]
+  swapped = dataclasses.replace(source, categories=Categories(tuple(items)))
+  prepare(swapped, tmp_path / "data")
+  config = config.copy_and_resolve_references()
+  config.data.prepared = str(tmp_path / "data")
+  Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+  with pytest.raises(InputError, match=r"the weights are of .* things\[0\] is"):
+    run.run(config, workdir, mode=mode, images=str(tmp_path))
+
+
+def test_the_devices_are_told_once(root, tmp_path, monkeypatch, capsys):
+  config = _config(root, "data0")
+  line = f"devices: {jax.device_count()} x cpu (cpu)"
+  for name in ("run_training", "run_evaluation"):
+    monkeypatch.setattr(run, name, lambda *args, **kwargs: None)
+  monkeypatch.setattr(run, "_is_trained", lambda workdir: True)
+  for mode in ("train", "evaluate", "all"):
+    run.run(config, tmp_path, mode=mode)
+    assert capsys.readouterr().out.splitlines().count(line) == 1
+  run.run(config, tmp_path, mode="propose")
+  assert "devices" not in capsys.readouterr().out
 
 
 def test_a_first_checkpoint_that_was_not_finished_binds_nothing(root, tmp_path):

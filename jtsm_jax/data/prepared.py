@@ -103,6 +103,14 @@ class PreparedData:
     parts = "\n".join(split.fingerprint for split in self.splits.values())
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
+  @property
+  def training_key(self) -> str:
+    """16 hexadecimal digits that change with a training image or its tags."""
+    train = self.splits[TRAIN]
+    digest = hashlib.sha256(train.fingerprint.encode())
+    digest.update(train.tags.tobytes())
+    return digest.hexdigest()[:16]
+
 
 class RecordSource:
   """Random access to the records of one split.

@@ -243,13 +243,14 @@ def voc_detection_source(
       name without the ending; "" is "trainval". Images of the validation set
       are always taken out.
     val_set: the same; "" is "test" if that list and the XML files of its images
-      exist, and no validation set elsewhere.
+      exist, and no validation set elsewhere: then the split "test" has them.
     corloc: whether to add the split "corloc".
 
   Returns:
-    "train"; "val", if there is one, with `instances`; and "corloc", the
-    training images once more with `instances`. The last is for evaluation
-    only: CorLoc is measured on the images that were trained on. Boxes are
+    "train"; "val", if there is one, with `instances`; "corloc", the training
+    images once more with `instances`, for evaluation only: CorLoc is measured
+    on the images that were trained on; and "test", the images of the list
+    "test" where only VOC's server knows their objects. Boxes are
     half-open and count from 0: VOC's (xmin, ymin, xmax, ymax) becomes
     (ymin - 1, xmin - 1, ymax, xmax). Areas are those of the boxes.
 
@@ -260,11 +261,12 @@ def voc_detection_source(
   where = ("Main", "Segmentation")
   listed = _read_list(_find_list(voc, train_set or "trainval", where))
   if val_set:
-    val_ids = _read_list(_find_list(voc, val_set, where))
+    val_ids, test_ids = _read_list(_find_list(voc, val_set, where)), []
   else:
-    val_ids = _detection_test_ids(voc)
+    val_ids, test_ids = _detection_test_ids(voc)
   train_ids = _without(voc, listed, val_ids)
-  objects = _read_all_objects(voc, train_ids + val_ids)
+  objects = {i: [] for i in test_ids}
+  objects |= _read_all_objects(voc, train_ids + val_ids)
   kept = [i for i in train_ids if objects[i]]
   if len(kept) < len(train_ids):
     _note(
@@ -292,6 +294,8 @@ def voc_detection_source(
     splits["val"] = split(val_ids, labelled=True)
   if corloc:
     splits["corloc"] = split(kept, labelled=True)
+  if test_ids:
+    splits["test"] = split(test_ids, labelled=False)
   return Source(
     name=f"voc{year}_detection",
     categories=Categories(_THINGS),
@@ -429,22 +433,26 @@ def _panoptic_val_ids(voc: AnyPath, val_set: str) -> list[str]:
   return _unique(i for name in lists for i in _read_list(folder / name))
 
 
-def _detection_test_ids(voc: AnyPath) -> list[str]:
-  """The images of "test" if they can be evaluated, else none."""
+def _detection_test_ids(voc: AnyPath) -> tuple[list[str], list[str]]:
+  """The images of "test": to be evaluated here, and by VOC's server."""
   path = voc / "ImageSets" / "Main" / "test.txt"
   if not is_file(path):
-    return []
+    return [], []
   ids = _read_list(path)
   # The objects of the test images of 2012 are not public.
   exists = file_lookup()
   lacking = sum(not exists(_xml_path(voc, i)) for i in ids)
-  if lacking:
-    _note(
-      f"{path}: {lacking} of {len(ids)} images have no file in Annotations;"
-      " there is no validation set, unless val_set names one"
+  if not lacking:
+    return ids, []
+  absent = sum(not exists(_image_path(voc, i)) for i in ids)
+  _note(
+    f"{path}: {lacking} of {len(ids)} images have no file in Annotations;"
+    " there is no validation set, unless val_set names one, and the images are"
+    + (
+      f" left out, since {absent} are absent" if absent else " for VOC's server"
     )
-    return []
-  return ids
+  )
+  return [], [] if absent else ids
 
 
 def _image_path(voc: AnyPath, image_id: str) -> AnyPath:

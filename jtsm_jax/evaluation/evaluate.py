@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from jtsm_jax.data.prepared import RecordSource
+from jtsm_jax.data.prepared import PreparedData, RecordSource
 from jtsm_jax.data.things import instances_of
 from jtsm_jax.evaluation import instance_ap
 from jtsm_jax.evaluation.instance_ap import InstanceAP, VocInstanceAP
@@ -38,11 +38,12 @@ def evaluate(
     task: "panoptic": PQ, SQ and RQ, mIoU, and what "instance" has;
       "instance": COCO's AP of masks, and mAP^r of VOC;
       "detection": COCO's AP of boxes, and mAP of VOC.
+      What is measured is that of `measured_task`.
     voc_metric: of VOC's mAP of boxes: "11point" for 2007, "area" from 2010 on.
     on_prediction: called with each prediction, to keep or draw it.
 
   Returns:
-    {"task": its name}, the result of `PanopticQuality` and {"semantic":
+    {"task": the measured one}, the result of `PanopticQuality` and {"semantic":
     `SemanticIoU`, "coco": `InstanceAP`, "voc": `VocInstanceAP` or
     `VocDetection`}, what the task has of them; and {"localisation": `CorLoc`},
     which tells, of the images that have a thing, how many have it mined.
@@ -53,6 +54,7 @@ def evaluate(
   """
   if task not in TASKS:
     raise ValueError(f"task is {task!r}, wanted one of {TASKS}")
+  task = measured_task(source, task)
   of_masks = task != "detection"
   quality, semantic = PanopticQuality(categories), SemanticIoU(categories)
   coco = InstanceAP(
@@ -108,11 +110,20 @@ def localisation(
   return corloc.result()
 
 
-def has_truth(source: RecordSource, *, task: str) -> bool:
-  """Whether every record of a split has ground truth for a task."""
-  if task == "panoptic":
-    return source.has_targets
-  return source.has_instances or source.has_targets
+def has_truth(data: PreparedData) -> bool:
+  """Whether there are validation images, and all have ground truth."""
+  source = data.splits.get("val")
+  return source is not None and (source.has_targets or source.has_instances)
+
+
+def measured_task(source: RecordSource, task: str) -> str:
+  """The task that the ground truth of a split can measure.
+
+  Instances alone measure "panoptic" as they do "instance".
+  """
+  if task == "panoptic" and source.has_instances and not source.has_targets:
+    return "instance"
+  return task
 
 
 def truth_of_things(source: RecordSource, index: int) -> Instances | None:

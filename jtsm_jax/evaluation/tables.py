@@ -6,6 +6,9 @@ from typing import Any
 
 from jtsm_jax.evaluation import panoptic_quality
 
+MAIN_MEASURE = {"panoptic": "pq", "instance": "map50", "detection": "map"}
+"""The first of `main_measures`, by task."""
+
 _COCO = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
 
@@ -15,9 +18,14 @@ def final_table(
   """All that an evaluation found, class by class, in percent.
 
   Args:
-    result: of `evaluate.evaluate`.
+    result: of `evaluate.evaluate`; what has no "voc" is CorLoc alone.
     corloc: of `evaluate.localisation`.
   """
+  if "voc" not in result:
+    rows = {"Mean": [corloc["corloc"], corloc["n"]]}
+    for name, values in corloc["per_class"].items():
+      rows[name] = _known([values["corloc"]], values["images"])
+    return _table(["CorLoc", "images"], rows)
   voc, coco = result["voc"], result["coco"]
   parts = []
   if result["task"] == "panoptic":

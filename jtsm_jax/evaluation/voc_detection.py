@@ -8,6 +8,8 @@ and the IoU below is the devkit's without adding anything.
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -179,6 +181,35 @@ class CorLoc:
         for c, name in enumerate(self.categories.names[:t])
       },
     }
+
+
+def write_server_files(
+  folder: pathlib.Path,
+  found: Iterable[tuple[str, Detections]],
+  categories: Categories,
+) -> None:
+  """Writes detections as PASCAL VOC's evaluation server takes them.
+
+  Competition 4, detection with other data for training: a line for each has the
+  image id, score, xmin, ymin, xmax and ymax in pixels that count from 1, the
+  last of which belong to the box.
+
+  Args:
+    folder: gets a file comp4_det_test_CLASS.txt for each thing.
+    found: image id and detections of every test image.
+    categories: the classes.
+  """
+  lines = [[] for _ in range(categories.num_things)]
+  for image_id, detections in found:
+    for c, score, (y0, x0, y1, x1) in zip(
+      detections.category, detections.score, detections.boxes, strict=True
+    ):
+      lines[c].append(
+        f"{image_id} {score:.9g} {x0 + 1:.6f} {y0 + 1:.6f} {x1:.6f} {y1:.6f}\n"
+      )
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, rows in zip(categories.names, lines, strict=False):
+    (folder / f"comp4_det_test_{name}.txt").write_text("".join(rows))
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -96,9 +96,11 @@ def _check_state(config, data, directory) -> None:
     return  # only what is cheap to look at, and only where it is still there
   if data.state and data.state != folder.folder_state(c.root):
     raise InputError(
-      f"{c.root}: has changed since {directory} was prepared from it; remove"
-      f" {directory}, and the next call prepares it anew and keeps what was"
-      " trained"
+      f"{c.root}: has changed since {directory} was prepared from it. To train"
+      " on what it holds now, give another --workdir, with --init_from to begin"
+      f" with the weights of this one. Or remove {directory}: the next call"
+      " prepares it anew, and of the training only the steps that are left, if"
+      " any, learn from it"
     )
 
 

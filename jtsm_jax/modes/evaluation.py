@@ -31,6 +31,7 @@ from jtsm_jax.evaluation.predict import (
   predict,
 )
 from jtsm_jax.evaluation.tables import final_table, main_measures
+from jtsm_jax.evaluation.voc_detection import write_server_files
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.modes.trained import (
   jsonable,
@@ -43,7 +44,7 @@ from jtsm_jax.proposals import store as stores
 from jtsm_jax.reporting import stages
 from jtsm_jax.reporting.predictions import collect, write_prediction
 from jtsm_jax.reporting.visualize import write_image
-from jtsm_jax.train import build, checkpoints
+from jtsm_jax.train import build, checkpoints, origin
 from jtsm_jax.train.metrics import MetricWriter
 
 Config = ml_collections.ConfigDict
@@ -62,11 +63,14 @@ def run_evaluation(
   Args:
     config: see configs/base.py.
     workdir: folder of the run.
-    data: the split "val" is evaluated.
-    store: proposals of its images.
+    data: the split "val" is evaluated where it has ground truth; CorLoc is that
+      of "corloc", the training images once more with their boxes; of "test",
+      whose ground truth is not public, VOC's server gets the boxes.
+    store: proposals of their images.
     logs: the training has ended here: add to its metrics what it has not
       evaluated itself.
   """
+  origin.check_classes(workdir / "checkpoints", data.categories)
   model = build.build_model(config, data.categories)
   step, variables = checkpoints.restore_variables(
     workdir / "checkpoints", averaged=config.evaluation.ema
@@ -76,17 +80,65 @@ def run_evaluation(
   args = config, workdir, model, variables, data, store
   calibration = calibrate(*args)
   folder_ = workdir / "evaluation"
+  made_with = key | score_settings(config)
   save_calibration(
     workdir / "calibration.json",
     calibration,
     data.categories,
-    made_with=key | score_settings(config),
+    made_with=made_with,
   )
-  if not has_truth_for_task(config, data):
+  measured, result = [], {"task": config.task}
+  if has_truth(data):
+    measured.append("val")
+    result = _evaluate_val(*args, calibration, made_with=made_with)
+  if "corloc" in data.splits:
+    measured.append("corloc")
+    result["corloc"] = localisation(
+      predictions(*args, calibration, split="corloc"),
+      data.splits["corloc"],
+      data.categories,
+    )
+  server_files = folder_ / "results" / f"VOC{config.data.year}" / "Main"
+  if "test" in data.splits:
+    names = data.splits["test"].image_ids
+    found = predictions(*args, calibration, split="test")
+    write_server_files(
+      server_files,
+      ((names[p.index], p.detections) for p in found),
+      data.categories,
+    )
+
+  if "val" in measured and logs:
+    group = "val_averaged" if config.evaluation.ema else "val"
+    with MetricWriter(workdir) as writer:
+      if not writer.has(f"{group}/", step=step):
+        found = main_measures(result)
+        writer.write(step, {f"{group}/{k}": v for k, v in found.items()})
+  if measured:
+    settings = {"settings": jsonable(config.evaluation), "split": measured[0]}
+    write_metrics(folder_ / "metrics.json", key | settings | result)
+    print(final_table(result, result.get("corloc")))
+  if "val" not in measured:
     print("evaluate: there is no ground truth of validation images to compare")
-    _print_next(workdir)
-    return
-  source = data.splits["val"]
+  elif result["task"] != config.task:
+    print("no PQ: it needs panoptic masks, and val has instances alone")
+  if measured:
+    print(f"\nfigures    {folder_ / 'metrics.json'}")
+  if "test" in data.splits:
+    print(f"server     {server_files}")
+  if "val" in measured:
+    print(f"predicted  {folder_ / 'predictions'}")
+    print(f"pictures   {folder_ / 'overlays'}")
+    if (workdir / "mining").is_dir():
+      print(f"           {workdir / 'mining'}")
+  _print_next(workdir)
+
+
+def _evaluate_val(
+  config, workdir, model, variables, data, store, calibration, *, made_with
+) -> dict[str, Any]:
+  """The figures of the validation images; keeps predictions and pictures."""
+  source, output = data.splits["val"], workdir / "evaluation"
   shown = max(len(source) // max(config.evaluation.pictures, 1), 1)
   predicted = []
 
@@ -95,50 +147,28 @@ def run_evaluation(
     image = decode_image(source[prediction.index].image)
     predicted.append(name)
     write_prediction(
-      folder_ / "predictions",
+      output / "predictions",
       name,
       prediction,
       data.categories,
       image=image,
       file_name=f"{name}.jpg",
-      made_with=key | score_settings(config),
+      made_with=made_with,
     )
     if config.evaluation.pictures and prediction.index % shown == 0:
       name, sheet = prediction_sheet(data, store, prediction)
-      write_image(folder_ / "overlays" / f"{name}.jpg", sheet)
+      write_image(output / "overlays" / f"{name}.jpg", sheet)
 
   result = evaluate(
-    predictions(*args, calibration),
+    predictions(config, workdir, model, variables, data, store, calibration),
     source,
     data.categories,
     task=config.task,
     voc_metric=config.evaluation.voc_metric,
     on_prediction=keep,
   )
-  collect(folder_ / "predictions", predicted, data.categories)
-  corloc = None
-  if config.task == "detection" and "corloc" in data.splits:
-    corloc = localisation(
-      predictions(*args, calibration, split="corloc"),
-      data.splits["corloc"],
-      data.categories,
-    )
-    result["corloc"] = corloc
-  made_with = key | {"settings": jsonable(config.evaluation), "split": "val"}
-  write_metrics(folder_ / "metrics.json", made_with | result)
-  if logs:
-    group = "val_averaged" if config.evaluation.ema else "val"
-    with MetricWriter(workdir) as writer:
-      if not writer.has(f"{group}/", step=step):
-        found = main_measures(result)
-        writer.write(step, {f"{group}/{k}": v for k, v in found.items()})
-  print(final_table(result, corloc))
-  print(f"\nfigures    {folder_ / 'metrics.json'}")
-  print(f"predicted  {folder_ / 'predictions'}")
-  print(f"pictures   {folder_ / 'overlays'}")
-  if (workdir / "mining").is_dir():
-    print(f"           {workdir / 'mining'}")
-  _print_next(workdir)
+  collect(output / "predictions", predicted, data.categories)
+  return result
 
 
 def calibrate(
@@ -207,13 +237,6 @@ def prediction_sheet(
     data.categories,
   )
   return image_id, sheet
-
-
-def has_truth_for_task(config: Config, data: PreparedData) -> bool:
-  """Whether the validation images can be evaluated."""
-  return "val" in data.splits and has_truth(
-    data.splits["val"], task=config.task
-  )
 
 
 def _print_next(workdir: pathlib.Path) -> None:

@@ -19,7 +19,7 @@ from jtsm_jax.evaluation.fusion import FusionSettings
 from jtsm_jax.evaluation.inference import DetectionSettings, Steps, make_steps
 from jtsm_jax.evaluation.predict import PredictionSettings
 from jtsm_jax.models.jtsm import JTSM
-from jtsm_jax.train import build, checkpoints, fields
+from jtsm_jax.train import build, checkpoints, fields, origin
 from jtsm_jax.types import Categories
 
 Config = ml_collections.ConfigDict
@@ -48,8 +48,10 @@ def load_trained(
   """Reads the newest checkpoint and the calibration that belongs to it.
 
   Raises:
-    InputError: one of them is missing, damaged, or made with other settings.
+    InputError: one of them is missing, damaged, or made with other settings or
+      classes.
   """
+  origin.check_classes(workdir / "checkpoints", categories)
   model = build.build_model(config, categories)
   step, variables = checkpoints.restore_variables(
     workdir / "checkpoints", averaged=config.evaluation.ema

@@ -14,11 +14,14 @@ from jtsm_jax.console import say
 from jtsm_jax.data.pipeline import with_fallback
 from jtsm_jax.data.prepared import PreparedData
 from jtsm_jax.data.transforms import decode_image
-from jtsm_jax.evaluation.evaluate import evaluate
-from jtsm_jax.evaluation.tables import final_table, main_measures
+from jtsm_jax.evaluation.evaluate import evaluate, has_truth, measured_task
+from jtsm_jax.evaluation.tables import (
+  MAIN_MEASURE,
+  final_table,
+  main_measures,
+)
 from jtsm_jax.modes.evaluation import (
   calibrate,
-  has_truth_for_task,
   prediction_sheet,
   predictions,
 )
@@ -76,7 +79,10 @@ def run_training(
   show_mined = functools.partial(
     _draw_mined, workdir / "mining", data, with_fallback(store)
   )
-  has_truth = has_truth_for_task(config, data)
+  evaluates = {}
+  if has_truth(data):
+    task = measured_task(data.splits["val"], config.task)
+    evaluates = {"evaluate": evaluate_variables, "measure": MAIN_MEASURE[task]}
   is_first = jax.process_index() == 0
   with Stopping() as stopping:
     train(
@@ -85,9 +91,9 @@ def run_training(
       data=data,
       store=store,
       stopping=stopping,
-      evaluate=evaluate_variables if has_truth else None,
       show_mined=show_mined if is_first else None,
       profile=profile,
+      **evaluates,
     )
 
 

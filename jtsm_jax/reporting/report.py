@@ -23,6 +23,7 @@ from jtsm_jax.data.panoptic_files import read_json, read_panoptic
 from jtsm_jax.data.pipeline import ProposalSource, with_fallback
 from jtsm_jax.data.prepared import PreparedData, RecordSource
 from jtsm_jax.data.transforms import decode_image
+from jtsm_jax.evaluation.evaluate import has_truth
 from jtsm_jax.evaluation.panoptic_quality import PanopticQuality
 from jtsm_jax.evaluation.predict import Prediction
 from jtsm_jax.mining.masks import MaskReestimator
@@ -116,11 +117,11 @@ def write_report(
     The page.
 
   Raises:
-    InputError: the validation images have ground truth and are not evaluated,
-      or with other weights; or a file of the run is damaged.
+    InputError: there is something to measure, and it is not evaluated, or with
+      other weights; or a file of the run is damaged.
   """
   val, metrics, predicted = data.splits.get("val"), None, None
-  if val is not None and (val.has_targets or val.has_instances):
+  if has_truth(data) or "corloc" in data.splits:
     metrics = read_metrics(
       workdir / "evaluation" / "metrics.json", weights=weights
     )

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a run: its state, segments in flight, its settings.
+"""Orbax checkpoints of a run: state, segments in flight, settings, data.
 
 Random numbers and batches are pure functions of the seed and the step, so the
 step is all that a resumed run needs to go on with both of them.
@@ -61,6 +61,7 @@ def save(
   in_flight: list[Any],
   *,
   config: Mapping[str, Any],
+  data: Mapping[str, Any],
   score: float | None = None,
 ) -> None:
   """Saves in the background; the write is atomic. See `check_saved`.
@@ -70,6 +71,7 @@ def save(
     state: after `state.step` updates.
     in_flight: mined segments whose masks have not been learnt from yet.
     config: the settings of the run, for JSON.
+    data: what it has learned from, see `origin.describe`.
     score: of this state, where it was evaluated; see `best_score`.
 
   Raises:
@@ -79,6 +81,7 @@ def save(
     "state": ocp.args.StandardSave(state),
     "in_flight": ocp.args.StandardSave(_in_flight_tree(in_flight)),
     "config": ocp.args.JsonSave(dict(config)),
+    "data": ocp.args.JsonSave(dict(data)),
   }
   if score is not None:
     items["score"] = ocp.args.JsonSave({"score": score})
@@ -235,22 +238,14 @@ def is_skipped(name: str, skip: tuple[str, ...]) -> bool:
   return any(re.match(pattern, name) for pattern in skip)
 
 
-def weights_from(
-  path: pathlib.Path, variables: Mapping[str, Any], *, skip: tuple[str, ...]
-) -> dict[str, Any]:
-  """The weights of another run in the place of those of a new model.
+def checkpoint_at(path: pathlib.Path) -> pathlib.Path:
+  """The newest checkpoint of another run.
 
   Args:
     path: a workdir, a folder of checkpoints, or one checkpoint.
-    variables: of the new model, what `model.apply` takes.
-    skip: patterns of paths ("params/heads/") that keep their values.
-
-  Returns:
-    Variables like the given ones.
 
   Raises:
-    InputError: there is no checkpoint at `path`, it cannot be read, or arrays
-      are missing or of other shapes; the message names every one of them.
+    InputError: there is none.
   """
   directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
   steps = steps_in(directory)
@@ -261,6 +256,27 @@ def weights_from(
       f"--init_from={path}: there is no checkpoint; give the --workdir of a run"
       " that has trained, or one of its checkpoints"
     )
+  return directory
+
+
+def weights_from(
+  path: pathlib.Path, variables: Mapping[str, Any], *, skip: tuple[str, ...]
+) -> dict[str, Any]:
+  """The weights of another run in the place of those of a new model.
+
+  Args:
+    path: see `checkpoint_at`.
+    variables: of the new model, what `model.apply` takes.
+    skip: patterns of paths ("params/heads/") that keep their values.
+
+  Returns:
+    Variables like the given ones.
+
+  Raises:
+    InputError: there is no checkpoint at `path`, it cannot be read, or arrays
+      are missing or of other shapes; the message names every one of them.
+  """
+  directory = checkpoint_at(path)
   try:
     state = _restore_arrays(directory, ("params", "model_state"))
   except Exception as error:  # Orbax raises many kinds for damaged files.

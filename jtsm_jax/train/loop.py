@@ -20,7 +20,7 @@ from jtsm_jax.console import progress, say
 from jtsm_jax.data.pipeline import with_fallback
 from jtsm_jax.data.prepared import PreparedData
 from jtsm_jax.proposals.store import ProposalStore
-from jtsm_jax.train import build, checkpoints, reestimation, setup
+from jtsm_jax.train import build, checkpoints, origin, reestimation, setup
 from jtsm_jax.train.cost import matmul_flops, peak_flops
 from jtsm_jax.train.feature_cache import FeatureCache
 from jtsm_jax.train.guards import check_finite
@@ -46,6 +46,7 @@ def train(
   store: ProposalStore,
   stopping: Stopping,
   evaluate: Evaluate | None = None,
+  measure: str = "",
   show_mined: ShowMined | None = None,
   profile: tuple[int, int] | None = None,
 ) -> None:
@@ -64,20 +65,25 @@ def train(
       last one included where it is a multiple, by the first process, with
       variables; returns metrics, whose first one decides the best checkpoint,
       and pictures.
+    measure: the name of that first one.
     show_mined: called every `config.train.images_every` steps (0: never) and in
       the last one, with a batch, its mined segments and, with branches, the
       futures of their masks; returns pictures.
     profile: the first and the last step of a trace that is kept in the workdir.
 
   Raises:
-    InputError: a field of `config` is at fault, or no checkpoint can be read.
+    InputError: a field of `config` is at fault, no checkpoint can be read, or
+      the data have other classes than it.
     FloatingPointError: a loss or a gradient is not finite.
     Stopped: a signal has come; the state is saved.
   """
+  origin.check_classes(workdir / "checkpoints", data.categories)
   run = setup.set_up(config, workdir, data=data, store=store)
   source, model, mesh = run.source, run.model, run.mesh
   lag = config.reestimation.lag
   settings = config.to_dict()
+  learned_from = origin.describe(data)
+  before = learned_from | origin.told_by(workdir / "checkpoints")
   writes = jax.process_index() == 0
   with (
     checkpoints.open_checkpoints(
@@ -93,9 +99,14 @@ def train(
       manager, functools.partial(setup.checkpoint_template, run)
     )
     if restored is None:
-      restored = setup.begin(run, setup.first_variables(run), 0), []
+      first = setup.first_variables(run, data.categories)
+      restored = setup.begin(run, first, 0), []
     state, waiting = restored
     first_step = int(state.step)
+    changed = ""
+    if before != learned_from:
+      changed = ", with other training images or tags than before"
+      waiting = []  # those segments are of the images before
     writer.truncate_after(first_step)
 
     def is_evaluated(step: int) -> bool:
@@ -112,9 +123,15 @@ def train(
     if first_step == run.last_step and (
       not is_evaluated(first_step) or first_step == evaluated
     ):
+      if changed:
+        changed = (
+          f"{changed}, which nothing is learned from: to do so give another"
+          f" --workdir, with --init_from={workdir}"
+        )
+      say(f"train: all {run.last_step} steps are done{changed}")
       return
     if first_step:
-      say(f"train: going on from step {first_step} of {run.last_step}")
+      say(f"train: going on from step {first_step} of {run.last_step}{changed}")
 
     check_memory(run, first_step)
 
@@ -163,7 +180,14 @@ def train(
       manager: ocp.CheckpointManager, *, score: float | None = None
     ) -> None:
       mined = [item.mined for item in in_flight]
-      checkpoints.save(manager, state, mined, config=settings, score=score)
+      checkpoints.save(
+        manager,
+        state,
+        mined,
+        config=settings,
+        data=learned_from,
+        score=score,
+      )
 
     def evaluate_state(step: int) -> None:
       """Metrics and pictures, and the checkpoint if it is the best so far."""
@@ -198,8 +222,7 @@ def train(
 
     # What is told on the way.
     if not first_step:
-      measure = {"panoptic": "pq", "instance": "map50", "detection": "map"}
-      measures = [f"val/{measure[config.task]}"] if evaluate else []
+      measures = [f"val/{measure}"] if evaluate else []
       writer.describe(
         flatten_dict(settings, sep="."), measures=["loss/total", *measures]
       )

@@ -24,7 +24,7 @@ from jtsm_jax.data.pipeline import make_pipeline
 from jtsm_jax.data.prepared import PreparedData, RecordSource
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.proposals.store import ProposalStore
-from jtsm_jax.train import build, checkpoints, fields
+from jtsm_jax.train import build, checkpoints, fields, origin
 from jtsm_jax.train import step as step_parts
 from jtsm_jax.train.calibrate import calibrate
 from jtsm_jax.train.objectives import LossSettings, MiningSettings
@@ -36,7 +36,7 @@ from jtsm_jax.train.sharding import (
 )
 from jtsm_jax.train.state import TrainState, create_state, initial_variables
 from jtsm_jax.train.warm_up import make_tag_step
-from jtsm_jax.types import Batch, Mined
+from jtsm_jax.types import Batch, Categories, InputError, Mined
 
 BACKBONE = "(params|batch_stats)/extractor/backbone/"
 """Pattern of the paths of its variables."""
@@ -233,13 +233,16 @@ def _batches(
   return (batch for _, batch in pipeline)
 
 
-def first_variables(setup: Setup) -> dict[str, Any]:
+def first_variables(setup: Setup, categories: Categories) -> dict[str, Any]:
   """What `model.apply` takes: random, pretrained, or from another run.
 
   Raises:
-    InputError: see `build.load_pretrained` and `checkpoints.weights_from`.
+    InputError: see `build.load_pretrained` and `checkpoints.weights_from`; or
+      the other run has other classes, and what belongs to them is not skipped.
   """
   config = setup.config
+  if config.train.init_from:
+    _check_classes(setup, categories)
   pretrained = build.load_pretrained(
     config,
     setup.workdir / "weights",
@@ -256,6 +259,36 @@ def first_variables(setup: Setup) -> dict[str, Any]:
       skip=tuple(config.train.init_skip),
     )
   return variables
+
+
+def _check_classes(setup: Setup, categories: Categories) -> None:
+  c = setup.config.train
+  told = origin.told_by(checkpoints.checkpoint_at(pathlib.Path(c.init_from)))
+  others = origin.other_classes(told, categories)
+  owned = {x for kind in others for x in _owned_by(setup, categories, kind)}
+  taken = [
+    name
+    for name in sorted(owned)
+    if not checkpoints.is_skipped(name, tuple(c.init_skip))
+  ]
+  if taken:
+    raise InputError(
+      f"--init_from={c.init_from}: the weights are of other classes:"
+      f" {', '.join(others.values())}. These arrays belong to them:\n  "
+      + "\n  ".join(taken)
+      + "\nTo start them anew, name them in config.train.init_skip, such as"
+      " \"('params/heads/',)\"; or give the classes of that run, in their order"
+    )
+
+
+def _owned_by(setup: Setup, categories: Categories, kind: str) -> list[str]:
+  """Paths of the arrays that grow with the number of "things" or "stuff"."""
+  one = {"id": 0, "name": "", "isthing": kind == "things"}
+  more = Categories.from_list([*categories.to_list(), one])
+  model = build.build_model(setup.config, more)
+  grown = jax.eval_shape(model.init, setup.key, setup.example)
+  a, b = (flatten_dict(tree, sep="/") for tree in (setup.abstract, grown))
+  return [name for name in a if a[name].shape != b[name].shape]
 
 
 def _starts_anew(setup: Setup, part: str) -> bool:

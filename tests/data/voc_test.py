@@ -485,8 +485,19 @@ def test_detection_sets(root, capsys):
   assert ids_of(splits["val"]) == ["000001", "000002"]
   assert "2 images of the training set" in capsys.readouterr().err
   (root / "VOC2007" / "Annotations" / "000007.xml").unlink()
+  splits = detection(root).splits
+  assert list(splits) == ["train", "corloc", "test"]
+  assert ids_of(splits["test"]) == ["000006", "000007"]
+  assert [r.tags for r in splits["test"]] == [(), ()]  # not even those known
+  assert [r.instances for r in splits["test"]] == [None, None]
+  said = capsys.readouterr().err
+  assert "1 of 2 images have no file in Annota" in said
+  assert "the images are for VOC's server" in said
+  assert list(detection(root, val_set="train").splits)[1:] == ["val", "corloc"]
+  capsys.readouterr()
+  (root / "VOC2007" / "JPEGImages" / "000006.jpg").unlink()
   assert list(detection(root).splits) == ["train", "corloc"]
-  assert "1 of 2 images have no file in Annota" in capsys.readouterr().err
+  assert "are left out, since 1 are absent" in capsys.readouterr().err
   (root / "VOC2007" / "ImageSets" / "Main" / "test.txt").unlink()
   assert list(detection(root).splits) == ["train", "corloc"]
   assert capsys.readouterr().err == ""

@@ -5,10 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 
+from jtsm_jax.data.prepared import PreparedData
 from jtsm_jax.data.things import instances_of
 from jtsm_jax.evaluation import evaluate as evaluation
 from jtsm_jax.evaluation.predict import Prediction
-from jtsm_jax.evaluation.tables import final_table, main_measures
+from jtsm_jax.evaluation.tables import (
+  MAIN_MEASURE,
+  final_table,
+  main_measures,
+)
 from jtsm_jax.types import (
   Categories,
   Category,
@@ -103,6 +108,7 @@ def test_panoptic_by_hand():
   # The dog counts at 0.5, 0.55, ... 0.8: 7 of 10.
   assert result["coco"]["ap"] == pytest.approx(100 * (1 + 0.7) / 2, abs=0.01)
   assert main_measures(result)["pq"] == result["all"]["pq"]
+  assert next(iter(main_measures(result))) == MAIN_MEASURE["panoptic"]
   assert main_measures(result)["corloc"] == 100  # both boxes are right
   table = final_table(result)
   assert "mIoU" in table
@@ -130,6 +136,14 @@ def test_instances_come_from_the_map_or_from_their_own_file():
   assert next(iter(main_measures(wanted).values())) == 100
 
 
+def test_instances_alone_measure_things_of_the_panoptic_task():
+  things = Truth(things=instances_of(TRUTH))
+  result = run(things, "panoptic")
+  assert result == run(things, "instance")
+  assert next(iter(main_measures(result))) == MAIN_MEASURE[result["task"]]
+  assert "AP@50" in final_table(result)
+
+
 def test_boxes_need_no_masks():
   things = dataclasses.replace(instances_of(TRUTH), rles=())
   result = run(Truth(things=things), "detection", voc_metric="11point")
@@ -142,18 +156,26 @@ def test_boxes_need_no_masks():
   lines = final_table(result, corloc).splitlines()
   assert lines[0].split() == ["AP", "objects", "CorLoc"]
   assert lines[4].split() == ["cow", "100.0", "1", "100.0"]
+  lines = final_table({"task": "detection"}, corloc).splitlines()
+  assert lines[0].split() == ["CorLoc", "images"]
+  assert lines[4].split() == ["cow", "100.0", "1"]
   with pytest.raises(InputError, match="image a has no masks"):
     run(Truth(things=things), "instance")
+
+
+def data_of(val):
+  return PreparedData("mine", CATEGORIES, {"val": val})
 
 
 def test_what_is_not_there():
   nothing = Truth()
   for task, what in (("panoptic", "panoptic map"), ("detection", "boxes")):
-    assert not evaluation.has_truth(nothing, task=task)
+    assert not evaluation.has_truth(data_of(nothing))
     with pytest.raises(InputError, match=f"image a has no {what}"):
       run(nothing, task)
   boxes = Truth(things=instances_of(TRUTH))
-  assert not evaluation.has_truth(boxes, task="panoptic")
-  assert evaluation.has_truth(boxes, task="instance")
+  assert evaluation.has_truth(data_of(boxes))
+  assert evaluation.has_truth(data_of(Truth(TRUTH)))
+  assert not evaluation.has_truth(PreparedData("mine", CATEGORIES, {}))
   with pytest.raises(ValueError, match="task is 'other'"):
     run(boxes, "other")

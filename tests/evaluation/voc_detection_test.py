@@ -12,7 +12,12 @@ import math
 import numpy as np
 import pytest
 
-from jtsm_jax.evaluation.voc_detection import CorLoc, VocDetection, box_iou
+from jtsm_jax.evaluation.voc_detection import (
+  CorLoc,
+  VocDetection,
+  box_iou,
+  write_server_files,
+)
 from jtsm_jax.types import Categories, Category, Detections, Instances
 
 CATEGORIES = Categories(
@@ -24,6 +29,32 @@ CATEGORIES = Categories(
   )
 )
 CAT, DOG, OWL, SKY = range(4)
+
+
+def test_files_for_the_server(tmp_path):
+  images = {
+    "2008_000001": detected(
+      (DOG, 0.5, (1, 1, 500, 500)), (CAT, 1e-7, (3, 4, 3, 9))
+    ),
+    "2008_000002": detected(),
+    "2008_000003": detected((DOG, 0.25, (2, 3, 40, 50))),
+  }
+  write_server_files(tmp_path / "Main", images.items(), CATEGORIES)
+  found = {
+    p.name: [line.split(" ") for line in p.read_text().splitlines()]
+    for p in (tmp_path / "Main").iterdir()
+  }
+  assert sorted(found) == [
+    f"comp4_det_test_{name}.txt" for name in ("cat", "dog", "owl")
+  ]
+  dog = found["comp4_det_test_dog.txt"]
+  assert [row[0] for row in dog] == ["2008_000001", "2008_000003"]
+  numbers = [[float(x) for x in row[1:]] for row in dog]
+  assert numbers == [[0.5, 1, 1, 500, 500], [0.25, 2, 3, 40, 50]]
+  ((_, score, *box),) = found["comp4_det_test_cat.txt"]
+  assert float(score) == pytest.approx(1e-7)
+  assert [float(x) for x in box] == [3, 4, 3, 9]
+  assert found["comp4_det_test_owl.txt"] == []
 
 
 def half_open(boxes):

@@ -427,6 +427,13 @@ CORLOC = {
       ["–", "–", "0"],
     ),
     (
+      {"corloc": CORLOC},
+      ["CorLoc 61.5"],
+      ["Class", "", "CorLoc", "Images"],
+      ["61.5", "5"],
+      ["–", "0"],
+    ),
+    (
       {"voc": MASKS, "coco": {"ap": 20.0}},
       ["AP of masks at IoU 0.5 33.3", "AP as in COCO 20.0"],
       ["Class", "", "AP50", "AP25", "AP70", "AP75", "Objects"],

@@ -307,6 +307,20 @@ def test_without_validation_images(workdir, data):
   assert sections.keys() == {"train"}
 
 
+def test_figures_of_training_images_alone(workdir, data):
+  train = data.splits["train"]
+  splits = {"train": train, "corloc": train}
+  blind = PreparedData(data.name, data.categories, splits)
+  with pytest.raises(InputError, match=r"metrics\.json.*run --mode=evaluate"):
+    run(workdir, blind)
+  metrics = WEIGHTS | {"split": "corloc", "corloc": {"corloc": 40.0}}
+  (workdir / "evaluation").mkdir()
+  (workdir / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
+  _, content, sections = run(workdir, blind)
+  assert content["metrics"] == metrics
+  assert sections.keys() == {"train"}
+
+
 def test_settings_are_those_of_the_evaluation(workdir, data):
   evaluated(workdir, data)
   _, content, _ = run(workdir, data)

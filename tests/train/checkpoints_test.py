@@ -41,9 +41,13 @@ def _mined(seed, *, slots=3):
 
 
 def _save(manager, step, *, in_flight=(), score=None):
-  config = {"seed": 3}
   checkpoints.save(
-    manager, _state(step), list(in_flight), config=config, score=score
+    manager,
+    _state(step),
+    list(in_flight),
+    config={"seed": 3},
+    data={},
+    score=score,
   )
   manager.wait_until_finished()
 
@@ -297,7 +301,7 @@ try:
     resource.setrlimit(resource.RLIMIT_FSIZE, (90, 90))  # no file is longer
     if sys.argv[2] == "wait":
       _save(manager, 2)
-    checkpoints.save(manager, _state(2), [], config={})  # in the background
+    checkpoints.save(manager, _state(2), [], config={}, data={})  # on its own
     while sys.argv[2] == "check":  # as after each step
       checkpoints.check_saved(manager)
 except InputError as error:

@@ -9,9 +9,9 @@ import pytest
 from jtsm_jax import run
 from jtsm_jax.data.prepare import prepare
 from jtsm_jax.data.prepared import open_prepared
-from jtsm_jax.data.shapes import shapes_source
-from jtsm_jax.train import checkpoints, setup
-from jtsm_jax.types import InputError
+from jtsm_jax.data.shapes import SHAPES_CATEGORIES, shapes_source
+from jtsm_jax.train import checkpoints, origin, setup
+from jtsm_jax.types import Categories, InputError
 from tests.configs import tiny
 from tests.tiny import paths
 
@@ -37,18 +37,23 @@ def made(tmp_path_factory):
   return function
 
 
+def first_variables(first, categories=SHAPES_CATEGORIES):
+  return setup.first_variables(first, categories)
+
+
 @pytest.fixture(scope="module")
 def other(made, tmp_path_factory):
   """(checkpoints, their arrays by path) of a run that others begin with."""
   folder = tmp_path_factory.mktemp("other") / "checkpoints"
   first = made()
-  state = jax.device_get(setup.begin(first, setup.first_variables(first), 0))
+  state = jax.device_get(setup.begin(first, first_variables(first), 0))
   # No calibration gives these.
   state.model_state["constants"] = jax.tree.map(
     lambda x: x + np.float32(0.1), state.model_state["constants"]
   )
   with checkpoints.open_checkpoints(folder) as manager:
-    checkpoints.save(manager, state, [], config={})
+    told = origin.describe(open_prepared(first.config.data.prepared))
+    checkpoints.save(manager, state, [], config={}, data=told)
   return folder, paths(state.variables)
 
 
@@ -77,7 +82,7 @@ def test_constants_are_the_other_runs_or_computed(made, other, fields, kept):
   folder, theirs = other
   first = made(**{"train.init_from": str(folder), **fields})
   step = first.warm_up_steps
-  state = setup.begin(first, setup.first_variables(first), step)
+  state = setup.begin(first, first_variables(first), step)
   found = paths(state.variables)
   for part in (*PROJECTION, *CENTER):
     for name in found:
@@ -108,12 +113,42 @@ def test_constants_are_the_other_runs_or_computed(made, other, fields, kept):
 
 def test_a_backbone_of_another_run_does_not_stay_random(made, other):
   fields = {"train.init_from": str(other[0]), "backbone.freeze": "all"}
-  found = paths(setup.first_variables(made(**fields)))
+  found = paths(first_variables(made(**fields)))
   for name, value in other[1].items():
     np.testing.assert_array_equal(found[name], value)
   skips = {"train.init_skip": ("params/extractor/backbone/",)}
   with pytest.raises(InputError, match="stays random"):
-    setup.first_variables(made(**fields, **skips))
+    first_variables(made(**fields, **skips))
+
+
+def test_weights_of_other_classes(made, other):
+  folder, theirs = other
+  items = SHAPES_CATEGORIES.items
+  first = made(**{"train.init_from": str(folder)})
+  with pytest.raises(InputError) as error:  # though all of them would fit
+    first_variables(first, Categories((*items[:8], *items[:7:-1])))
+  said = str(error.value)
+  assert f"stuff[0] is {items[8].name!r} there and {items[11].name!r}" in said
+  named = [x.strip() for x in said.splitlines() if x.startswith("  ")]
+  parts = {x.split("/")[1] for x in named}
+  assert parts == {"heads", "tag_head", "semantic", "cells"}
+  assert named == [x for x in named if x in theirs]
+  # The output of the semantic branch, and not what leads to it.
+  assert (
+    0
+    < sum("semantic" in x for x in named)
+    < (sum("semantic" in x for x in theirs))
+  )
+  things = Categories((*items[7::-1], *items[8:]))
+  with pytest.raises(InputError, match=r"things\[0\](.|\n)* params/instance/"):
+    first_variables(first, things)
+  first = made(
+    **{"train.init_from": str(folder), "train.init_skip": tuple(named)}
+  )
+  found = paths(first_variables(first, Categories((*items[:8], *items[:7:-1]))))
+  for name, value in theirs.items():
+    same = np.array_equal(found[name], value)
+    assert same or name in named, name
 
 
 def test_calibration_takes_what_a_device_has_in_a_step(made, monkeypatch):

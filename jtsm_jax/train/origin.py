@@ -1,0 +1,87 @@
+"""Which data the weights of a checkpoint have learned from.
+
+The arrays do not tell: classes in another order fit them as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import pathlib
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from jtsm_jax.data.prepared import PreparedData
+from jtsm_jax.train.checkpoints import steps_in
+from jtsm_jax.types import Categories, InputError
+
+
+def describe(data: PreparedData) -> dict[str, Any]:
+  """What a checkpoint tells of the data, as JSON has it.
+
+  Returns:
+    {"things", "stuff": names in the order of their indices, "training_key"}.
+  """
+  return _names(data.categories) | {"training_key": data.training_key}
+
+
+def told_by(path: pathlib.Path) -> dict[str, Any]:
+  """What the newest readable checkpoint tells of its data, see `describe`.
+
+  Args:
+    path: a folder of checkpoints, or one checkpoint.
+
+  Returns:
+    Nothing of what the program did not yet write when it made them.
+  """
+  steps = sorted(steps_in(path), reverse=True)
+  with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
+    for checkpoint in [path / str(step) for step in steps] or [path]:
+      with contextlib.suppress(OSError, ValueError):
+        return dict(handler.restore(checkpoint.absolute() / "data"))
+  return {}
+
+
+def other_classes(
+  told: dict[str, Any], categories: Categories
+) -> dict[str, str]:
+  """The first difference of the "things" and of the "stuff", in words.
+
+  Args:
+    told: of `told_by`; what it leaves out is taken for the same.
+    categories: the classes of the data.
+  """
+  found = {}
+  for kind, here in _names(categories).items():
+    pairs = itertools.zip_longest(told.get(kind, here), here)
+    for n, (a, b) in enumerate(pairs):
+      if a != b:
+        found[kind] = f"{kind}[{n}] is {a!r} there and {b!r} here"
+        break
+  return found
+
+
+def check_classes(path: pathlib.Path, categories: Categories) -> None:
+  """Compares the classes of a run with those of its data.
+
+  Args:
+    path: the checkpoints of the run; there may be none.
+    categories: the classes of the data.
+
+  Raises:
+    InputError: they differ, if in their order alone.
+  """
+  others = other_classes(told_by(path), categories)
+  if others:
+    raise InputError(
+      f"{path}: the weights are of other classes than the data:"
+      f" {', '.join(others.values())}. Prepare the data with the classes that"
+      " the run began with, in their order, or give another --workdir; its"
+      " --init_from with config.train.init_skip keeps what no class owns"
+    )
+
+
+def _names(categories: Categories) -> dict[str, list[str]]:
+  names, count = list(categories.names), categories.num_things
+  return {"things": names[:count], "stuff": names[count:]}
