@@ -29,6 +29,7 @@ from jtsm_jax.train.meter import Meter, summary
 from jtsm_jax.train.metrics import MetricWriter
 from jtsm_jax.train.reestimation import InFlight
 from jtsm_jax.train.sharding import local_rows, put_batch, to_host
+from jtsm_jax.train.state import TrainState
 from jtsm_jax.train.stopping import Stopped, Stopping
 from jtsm_jax.types import Batch, Mined
 
@@ -189,26 +190,6 @@ def train(
         score=score,
       )
 
-    def evaluate_state(step: int) -> None:
-      """Metrics and pictures, and the checkpoint if it is the best so far."""
-      variables = to_host(state.variables)
-      averaged = to_host(state.averaged_variables) if state.ema else None
-      values, score = {}, 0.0
-      if writes:
-        found, pictures = evaluate(variables)
-        values = {f"val/{name}": value for name, value in found.items()}
-        score = next(iter(found.values()))
-      if writes and averaged is not None:
-        found, _ = evaluate(averaged)
-        values |= {f"val_averaged/{name}": v for name, v in found.items()}
-      score = float(broadcast_one_to_all(np.float32(score)))
-      if score > checkpoints.best_score(best):
-        save(best, score=score)
-        checkpoints.check_saved(best, wait=True)
-      if writes:
-        writer.write(step, values)
-        writer.write_images(step, pictures)
-
     # Input, and what the run before has mined without learning from it.
     mines = first_step > run.warm_up_steps or not run.warm_up_steps
     cache = open_cache() if mines else None
@@ -249,7 +230,13 @@ def train(
     for step in range(first_step, run.last_step + 1):
       if is_evaluated(step) and step != evaluated:
         with stopping.at_once(), meter.paused():
-          evaluate_state(step)
+          values, pictures, score = _evaluate(evaluate, state)
+          if score > checkpoints.best_score(best):
+            save(best, score=score)
+            checkpoints.check_saved(best, wait=True)
+          if writes:
+            writer.write(step, values)
+            writer.write_images(step, pictures)
       if step == run.last_step:
         break
       if step == run.warm_up_steps > 0:
@@ -268,32 +255,32 @@ def train(
       if step < run.warm_up_steps:
         state, metrics = call(run.tag_step, state, put_batch(batch, mesh))
       else:
-        item = InFlight(*on_devices(batch))
-        grads, item.mined, metrics = call(
-          run.mining_gradients, state, item.device_batch
+        shown = current = InFlight(*on_devices(batch))
+        grads, current.mined, metrics = call(
+          run.mining_gradients, state, current.device_batch
         )
         grads = [grads]
         if run.learns_branches(step):
-          in_flight.append(item)
+          in_flight.append(current)
           # With a lag the host need not wait for what is mined right now.
-          for due in [*in_flight][: len(in_flight) - min(lag, 1)]:
-            ask_for_masks(due)
+          for item in [*in_flight][: len(in_flight) - min(lag, 1)]:
+            ask_for_masks(item)
           if len(in_flight) > lag:
-            item = in_flight.popleft()
+            shown = due = in_flight.popleft()
             with meter.waiting("reestimation"):
               pseudo = reestimation.collect(
-                item.futures, item.batch, mask_stride=run.losses.mask_stride
+                due.futures, due.batch, mask_stride=run.losses.mask_stride
               )
             branch_grads, branch_metrics = call(
               run.branch_gradients,
               state,
-              item.device_batch,
-              item.mined,
+              due.device_batch,
+              due.mined,
               put_batch(pseudo, mesh),
             )
             grads.append(branch_grads)
             metrics |= branch_metrics
-            learnt["branches"] = item.batch
+            learnt["branches"] = due.batch
         state, update_metrics = run.apply_gradients(state, *grads)
         metrics |= update_metrics
 
@@ -336,7 +323,7 @@ def train(
         and (done % config.train.images_every == 0 or done == run.last_step)
       ):
         pictures = show_mined(
-          item.batch, local_rows(item.mined, mesh), item.futures
+          shown.batch, local_rows(shown.mined, mesh), shown.futures
         )
         writer.write_images(done, pictures)
       signal = stopping.asked(done)
@@ -351,3 +338,23 @@ def train(
       checkpoints.check_saved(manager, wait=bool(signal))
       if signal:
         raise Stopped(signal)
+
+
+def _evaluate(
+  evaluate: Evaluate, state: TrainState
+) -> tuple[dict[str, float], Pictures, float]:
+  """Metrics and pictures, in the first process, and the score, in all of them.
+
+  All processes call it: arrays that are divided among them come together.
+  """
+  variables = to_host(state.variables)
+  averaged = to_host(state.averaged_variables) if state.ema else None
+  values, pictures, score = {}, {}, 0.0
+  if jax.process_index() == 0:
+    found, pictures = evaluate(variables)
+    values = {f"val/{name}": value for name, value in found.items()}
+    score = next(iter(found.values()))
+    if averaged is not None:
+      found, _ = evaluate(averaged)
+      values |= {f"val_averaged/{name}": v for name, v in found.items()}
+  return values, pictures, float(broadcast_one_to_all(np.float32(score)))
