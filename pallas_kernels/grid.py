@@ -204,21 +204,22 @@ def bin_edges(
   def edges(first, last, bins, cells):
     first = first[:, None]
     extent = jnp.maximum(last[:, None] - first + 1, 1)
-    u = jnp.arange(bins)
+    u = jnp.arange(bins, dtype=jnp.int32)
     exact = extent * u // bins, (extent * (u + 1) + bins - 1) // bins
     # Devices divide in different ways: the host makes a table.
     table = _rounded_edges(ROUNDED_CELLS, bins)
     row = jnp.minimum(extent[:, 0], ROUNDED_CELLS)
     return tuple(
       jnp.clip(
-        first + jnp.where(extent <= ROUNDED_CELLS, jnp.array(t)[row], e),
+        first
+        + jnp.where(extent <= ROUNDED_CELLS, jnp.array(t, jnp.int32)[row], e),
         0,
         cells,
       )
       for t, e in zip(table, exact, strict=True)
     )
 
-  y0, x0, y1, x1 = jnp.moveaxis(boxes, -1, 0)
+  y0, x0, y1, x1 = jnp.moveaxis(boxes.astype(jnp.int32), -1, 0)
   return (
     *edges(y0, y1, output_size[0], grid_size[0]),
     *edges(x0, x1, output_size[1], grid_size[1]),

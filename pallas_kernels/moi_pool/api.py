@@ -60,7 +60,8 @@ def moi_pool(
       device or raise; "reference" is the definition, slow. None takes the
       fastest one that was measured for the device.
     deterministic: on a GPU, make the gradient the same in each run: its sums
-      are made in integers. Elsewhere it always is.
+      are made in integers. Elsewhere it always is. Not for float64, nor are
+      the kernels of Pallas.
     interpret: let Pallas emulate its kernel, on any device: slow, for tests.
       Not for "pallas_mosaic_gpu".
 
@@ -82,6 +83,13 @@ def moi_pool(
     raise ValueError(
       f"implementation: found {implementation!r}, wanted one of"
       f" {IMPLEMENTATIONS}"
+    )
+  if features.dtype == jnp.float64 and (
+    deterministic or (implementation or "").startswith("pallas")
+  ):
+    raise ValueError(
+      f"features: found float64, wanted at most 32 bits with {implementation=}"
+      f" and {deterministic=}; 'xla' keeps float64, with deterministic=False"
     )
   output_size = tuple(output_size)
   if implementation == "reference":

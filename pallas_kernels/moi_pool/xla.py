@@ -96,17 +96,19 @@ def add_gradient(
     grid_size: (Hf, Wf).
 
   Returns:
-    [Hf, Wf, C] float32.
+    [Hf, Wf, C] float32, or float64 if the gradient is.
   """
   height, width = grid_size
   channels = gradient.shape[-1]
+  dtype = jnp.promote_types(gradient.dtype, jnp.float32)
   # What empty bins carry goes to a row past the grid.
-  total = jnp.zeros((height * width + 1) * channels, jnp.float32)
+  total = jnp.zeros((height * width + 1) * channels, dtype)
 
   def add(gradient, argmax, total):
-    index = argmax.astype(jnp.int32) * channels + jnp.arange(channels)
+    index = argmax.astype(jnp.int32) * channels
+    index += jnp.arange(channels, dtype=jnp.int32)
     return total.at[index.reshape(-1)].add(
-      gradient.reshape(-1).astype(jnp.float32), mode="promise_in_bounds"
+      gradient.reshape(-1).astype(dtype), mode="promise_in_bounds"
     )
 
   def add_one_by_one(gradient, argmax, total):
@@ -134,7 +136,7 @@ def add_gradient_in_integers(
   2**-36 of it (for 4,000 proposals and 49 bins) is lost. A gradient that is not
   finite makes all results NaN.
 
-  Args, Returns: as `add_gradient`.
+  Args, Returns: as `add_gradient`, of at most 32 bits.
   """
   height, width = grid_size
   num_cells, channels = height * width, gradient.shape[-1]
@@ -143,7 +145,7 @@ def add_gradient_in_integers(
   _, exponent = jnp.frexp(jnp.max(jnp.abs(gradient), initial=0))
   bits = 30 - len(gradient).bit_length()
   rest, total, unit = jnp.ldexp(gradient, -exponent), 0.0, 1.0
-  columns = jnp.arange(channels)
+  columns = jnp.arange(channels, dtype=jnp.int32)
   for _ in range(3):
     unit *= 2.0**-bits
     part = jnp.round(rest / unit)
