@@ -173,10 +173,11 @@ def check_pooling(
     )
   if not isinstance(boxes, jax.core.Tracer):
     height, width = features.shape[:2]
-    y0, x0, y1, x1 = jnp.moveaxis(boxes, -1, 0)
-    outside = (y0 >= height) | (x0 >= width) | (y1 < 0) | (x1 < 0)
+    # On the host: under jit, jax's own operations would be traced.
+    boxes = jax.device_get(boxes)
+    outside = (boxes[:, :2] >= (height, width)) | (boxes[:, 2:] < 0)
     if outside.any():
-      p = int(jnp.argmax(outside))
+      p = outside.any(axis=1).argmax()
       raise ValueError(
         f"boxes: box {p} is {boxes[p].tolist()}, outside the grid of {height} x"
         f" {width} cells; wanted (y0, x0, y1, x1) in cells, see grid_boxes"
