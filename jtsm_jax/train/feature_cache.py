@@ -59,7 +59,7 @@ class FeatureCache:
       split: its name.
 
     Raises:
-      InputError: `root` cannot be written; also in `attach`, for its files.
+      InputError: `root` cannot be written.
     """
     # A copy: the training step gives the memory of its state back.
     used = {
@@ -88,6 +88,9 @@ class FeatureCache:
     """Gives a host batch its features in place of images.
 
     Features that are not in the cache are computed and written to it.
+
+    Raises:
+      InputError: float16 is too narrow for a feature, or a file is at fault.
     """
     canvas = batch.superpixels.shape[1:]
     name = f"{self._split}-{canvas[0]}x{canvas[1]}"
@@ -105,7 +108,18 @@ class FeatureCache:
         canvas, batch.image_index[[i]], batch.flip[[i]], batch.window[[i]]
       )
       image = images_on_canvas(plan, self._source)
-      maps[rows[i]] = np.asarray(self._extract(image)[0])
+      found = np.asarray(self._extract(image)[0])
+      with np.errstate(over="ignore"):  # told here
+        kept = found.astype(DTYPE)
+      if not np.isfinite(kept).all():
+        image_id = self._source.image_ids[batch.image_index[i]]
+        raise InputError(
+          f"{self._folder}: the largest feature of {image_id!r} is "
+          f"{np.abs(found).max():g}, and the cache holds numbers up to "
+          f"{np.finfo(DTYPE).max:.0f}; a new run can do without it "
+          "(--config.backbone.cache=False)"
+        )
+      maps[rows[i]] = kept
     if len(missing):
       maps.flush()  # a mark must not outlive a crash that its row does not
       marks[rows[missing]] = 1

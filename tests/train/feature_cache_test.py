@@ -13,7 +13,7 @@ import pytest
 from jtsm_jax.data.pipeline import images_on_canvas
 from jtsm_jax.data.sampling import BatchPlan
 from jtsm_jax.train.feature_cache import FeatureCache, cache_bytes
-from jtsm_jax.types import Record
+from jtsm_jax.types import InputError, Record
 from tests import tiny
 
 MODEL = tiny.make_model()
@@ -197,6 +197,23 @@ def test_other_ways_to_use_the_same_weights_have_a_folder_of_their_own(
     bright = cache.attach(BLIND).features
   assert not np.array_equal(bright, dim)
   assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_features_beyond_float16_are_an_error_and_not_marked(tmp_path):
+  normalise = MODEL.extractor.normalise
+  model = MODEL.clone(
+    extractor=MODEL.extractor.clone(normalise=lambda x: 1e6 * normalise(x))
+  )
+  cache = FeatureCache(
+    tmp_path, model=model, variables=VARIABLES, split="train", source=Images()
+  )
+  for _ in range(2):
+    with pytest.raises(InputError) as error:
+      cache.attach(BLIND)
+    for part in (str(tmp_path), "image_0", "65504", "backbone.cache=False"):
+      assert part in str(error.value)
+  [marks] = tmp_path.rglob("*.marks")
+  assert not any(marks.read_bytes())
 
 
 FULL = """
