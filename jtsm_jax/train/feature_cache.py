@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jtsm_jax import locks
 from jtsm_jax.backbones.pretrained import weights_hash
 from jtsm_jax.data.pipeline import images_on_canvas
 from jtsm_jax.data.prepared import RecordSource
@@ -133,13 +134,17 @@ class FeatureCache:
       (self._folder / f"{name}.f16", DTYPE, (rows, *shape)),
       (self._folder / f"{name}.marks", np.dtype(np.uint8), (rows,)),
     )
-    # Marks without their maps would vouch for zeros: both are whole, or new.
-    whole = all(
-      path.exists()
-      and path.stat().st_size == int(np.prod(shape)) * dtype.itemsize
-      for path, dtype, shape in files
-    )
-    with _disk_faults(self._folder):
+    with (
+      _disk_faults(self._folder),
+      # Another run with the same folder may have mapped what is made here.
+      locks.exclusive(self._folder / f"{name}.lock"),
+    ):
+      # Marks without their maps would vouch for zeros: both are whole, or new.
+      whole = all(
+        path.exists()
+        and path.stat().st_size == int(np.prod(shape)) * dtype.itemsize
+        for path, dtype, shape in files
+      )
       try:
         for path, dtype, shape in files:
           _take_room(path, int(np.prod(shape)) * dtype.itemsize, keep=whole)
