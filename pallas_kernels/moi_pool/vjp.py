@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.moi_pool import xla
+from . import xla
 
 
 def max_pool(
@@ -48,11 +48,11 @@ class _How:
     # Late: importing Pallas takes long, and Mosaic GPU needs absl.
     match self.implementation:
       case "pallas_tpu":
-        from pallas_kernels.moi_pool import pallas_tpu as kernels
+        from . import pallas_tpu as kernels
       case "pallas_triton":
-        from pallas_kernels.moi_pool import pallas_triton as kernels
+        from . import pallas_triton as kernels
       case "pallas_mosaic_gpu":
-        from pallas_kernels.moi_pool import pallas_mosaic_gpu as kernels
+        from . import pallas_mosaic_gpu as kernels
       case "xla":
         kernels = xla
     return kernels

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import grid
+from .. import grid
 
 STEPS_AT_ONCE = 8
 CHUNK = 128  # proposals at a time where the device is no CPU

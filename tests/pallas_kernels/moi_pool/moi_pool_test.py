@@ -219,6 +219,26 @@ def test_full_mask_equals_roi_pool(pool):
   )
 
 
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"implementation": "reference"},
+    {"implementation": "pallas_triton", "interpret": True},
+    {"deterministic": True},
+  ],
+)
+def test_roi_pool_takes_the_options_of_moi_pool(options):
+  features, _, boxes = random_case(7)
+  boxes = np.clip(boxes, 0, 8)
+  found = pallas_kernels.roi_pool(
+    features, boxes, output_size=(3, 2), **options
+  )
+  expected = pallas_kernels.roi_pool(features, boxes, output_size=(3, 2))
+  np.testing.assert_array_equal(found, expected)
+  with pytest.raises(ValueError, match=r"implementation.*'cuda'"):
+    pallas_kernels.roi_pool(features, boxes, implementation="cuda")
+
+
 def test_roi_pool_gradient_is_that_of_the_full_mask():
   features, masks, boxes = random_case(8, ties=True)
   full = np.ones_like(masks)
