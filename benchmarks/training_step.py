@@ -157,7 +157,11 @@ def our_step(args, canvas) -> dict:
   mining = build.mining_settings(
     config, num_things=args.things, tags=np.asarray(batch.tags)
   )
-  shared = dict(losses=losses, accumulation=args.accumulation)
+  shared = dict(
+    losses=losses,
+    frozen=build.frozen_parameters(config),
+    accumulation=args.accumulation,
+  )
   blocks = dict(proposal_block=args.proposal_block)
   extract = step.make_extract_features(model)
   mine = step.make_mining_gradients(

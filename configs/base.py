@@ -173,6 +173,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.accumulation = 1
   # "bfloat16": of features and matrix products; half the memory, and fast on
   # accelerators. Parameters, scores, losses and the optimizer stay float32.
+  # "float32" is what the layers keep and add up in. What they multiply, a TPU
+  # rounds to bfloat16 and a GPU from Ampere on to TF32 of 10 bits, jax's
+  # default, unless the environment has JAX_DEFAULT_MATMUL_PRECISION=highest;
+  # the projection, mining and the pooling do not round in any case.
   c.train.precision = "float32"
   # "backbone": its blocks are computed again in the backward pass, instead of
   # being kept for it: a third more work. Of use where the backbone learns.

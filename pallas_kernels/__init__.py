@@ -1,7 +1,8 @@
 """Pooling of boxes and arbitrarily shaped segments, for JAX.
 
-Depends on jax and the standard library only. Every function works on one image
-(no batch axis), can be jitted and vmapped, and takes its options by keyword.
+Depends on jax (0.10.2 or newer) and the standard library only; the folder may
+lie in another package. Every function works on one image (no batch axis), can
+be jitted and vmapped, and takes its options by keyword.
 
 Axes: P proposals, S superpixels, C channels, H x W pixels, Hf x Wf cells of the
 feature grid, with stride = H / Hf = W / Wf pixels per cell. Boxes are
@@ -9,7 +10,7 @@ feature grid, with stride = H / Hf = W / Wf pixels per cell. Boxes are
 are integers with an INCLUSIVE end, as in RoIPool (see `grid_boxes`).
 """
 
-from pallas_kernels.grid import (
+from .grid import (
   available_bins,
   available_cells,
   cells_in_boxes,
@@ -18,10 +19,10 @@ from pallas_kernels.grid import (
   superpixel_coverage,
   superpixel_masks,
 )
-from pallas_kernels.moi_pool import masked_average, moi_pool
-from pallas_kernels.roi_align import roi_align
-from pallas_kernels.roi_pool import roi_pool
-from pallas_kernels.tps_pool import tps_pool
+from .moi_pool import masked_average, moi_pool
+from .roi_align import roi_align
+from .roi_pool import roi_pool
+from .tps_pool import tps_pool
 
 __all__ = [
   "available_bins",

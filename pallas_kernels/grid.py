@@ -27,8 +27,13 @@ def grid_boxes(boxes: jax.Array, *, stride: float) -> jax.Array:
 
   Returns:
     [P, 4] int32 (y0, x0, y1, x1), inclusive, cells. (PAPER Eq. 5.)
+
+  Raises:
+    ValueError: the boxes have the wrong shape or dtype.
   """
-  cells = jnp.asarray(boxes, jnp.float32) / stride
+  boxes = jnp.asarray(boxes)
+  _check("boxes", boxes, jnp.number, (None, 4), "float[P, 4] in pixels")
+  cells = boxes.astype(jnp.float32) / stride
   # Not floor(cells + 0.5): that sum rounds 0.49999997 up to 1.
   whole = jnp.trunc(cells)
   up = jnp.abs(cells - whole) >= 0.5
@@ -45,15 +50,19 @@ def superpixel_coverage(
 
   Args:
     superpixels: [H, W] integer ids 0 .. S-1; others, such as -1, are padding.
-    membership: [P, S] bool, the superpixels of each proposal.
+    membership: [P, S] bool, the superpixels of each proposal. Its shape cannot
+      tell whether it is transposed.
     stride: pixels per cell; divides H and W.
 
   Returns:
     [P, H // stride, W // stride] float32, share of the cell's pixels, 0 to 1.
 
   Raises:
-    ValueError: H or W is no multiple of the stride.
+    ValueError: an argument has the wrong shape or dtype, or H or W is no
+      multiple of the stride.
   """
+  membership = jnp.asarray(membership)
+  _check("membership", membership, jnp.bool_, (None, None), "bool[P, S]")
   num_superpixels = membership.shape[1]
   pixels = _pixels_in_cells(superpixels, num_superpixels, stride)
   counts = jnp.matmul(
@@ -79,13 +88,21 @@ def superpixel_cells(
     [S, H // stride, W // stride] float32, share of the cell's pixels, 0 to 1.
 
   Raises:
-    ValueError: H or W is no multiple of the stride.
+    ValueError: the map has the wrong shape or dtype, or H or W is no multiple
+      of the stride.
   """
   return _pixels_in_cells(superpixels, num_superpixels, stride) / stride**2
 
 
 def _pixels_in_cells(superpixels, num_superpixels, stride):
   """[S, Hf, Wf] float32: pixels of each superpixel in each cell."""
+  superpixels = jnp.asarray(superpixels)
+  wanted = "integers[H, W] of one image; vmap over images"
+  _check("superpixels", superpixels, jnp.integer, (None, None), wanted)
+  if stride < 1:
+    raise ValueError(
+      f"stride: found {stride}, wanted pixels per cell, 1 or more"
+    )
   height, width = superpixels.shape
   if height % stride or width % stride:
     raise ValueError(
@@ -127,13 +144,19 @@ def available_cells(
     [P, Hf, Wf] bool.
 
   Raises:
-    ValueError: unknown availability.
+    ValueError: an argument has the wrong shape or dtype, or availability is
+      unknown.
   """
+  coverage = jnp.asarray(coverage)
+  wanted = "float[P, Hf, Wf], see superpixel_coverage"
+  _check("coverage", coverage, jnp.floating, (None,) * 3, wanted)
   if availability not in ("any", "coverage"):
     raise ValueError(
       f"availability: found {availability!r}, wanted 'any' or 'coverage'"
     )
   if boxes is not None:
+    boxes = jnp.asarray(boxes)
+    check_boxes(boxes, count=len(coverage))
     inside = cells_in_boxes(boxes, grid_size=coverage.shape[1:])
     coverage = jnp.where(inside, coverage, 0)
   available = coverage > 0
@@ -171,7 +194,12 @@ def cells_in_boxes(
 
   Returns:
     [P, Hf, Wf] bool.
+
+  Raises:
+    ValueError: the boxes have the wrong shape or dtype.
   """
+  boxes = jnp.asarray(boxes)
+  check_boxes(boxes)
   y0, x0, y1, x1 = jnp.moveaxis(boxes, -1, 0)[..., None]
   rows = jnp.arange(grid_size[0])
   columns = jnp.arange(grid_size[1])
@@ -204,21 +232,22 @@ def bin_edges(
   def edges(first, last, bins, cells):
     first = first[:, None]
     extent = jnp.maximum(last[:, None] - first + 1, 1)
-    u = jnp.arange(bins)
+    u = jnp.arange(bins, dtype=jnp.int32)
     exact = extent * u // bins, (extent * (u + 1) + bins - 1) // bins
     # Devices divide in different ways: the host makes a table.
     table = _rounded_edges(ROUNDED_CELLS, bins)
     row = jnp.minimum(extent[:, 0], ROUNDED_CELLS)
     return tuple(
       jnp.clip(
-        first + jnp.where(extent <= ROUNDED_CELLS, jnp.array(t)[row], e),
+        first
+        + jnp.where(extent <= ROUNDED_CELLS, jnp.array(t, jnp.int32)[row], e),
         0,
         cells,
       )
       for t, e in zip(table, exact, strict=True)
     )
 
-  y0, x0, y1, x1 = jnp.moveaxis(boxes, -1, 0)
+  y0, x0, y1, x1 = jnp.moveaxis(boxes.astype(jnp.int32), -1, 0)
   return (
     *edges(y0, y1, output_size[0], grid_size[0]),
     *edges(x0, x1, output_size[1], grid_size[1]),
@@ -251,7 +280,13 @@ def available_bins(
 
   Returns:
     [P, oh, ow] bool.
+
+  Raises:
+    ValueError: an argument has the wrong shape or dtype.
   """
+  masks, boxes = jnp.asarray(masks), jnp.asarray(boxes)
+  _check("masks", masks, jnp.bool_, (None,) * 3, "bool[P, Hf, Wf]")
+  check_boxes(boxes, count=len(masks))
   top, bottom, left, right = bin_edges(
     boxes, output_size=tuple(output_size), grid_size=masks.shape[1:]
   )
@@ -267,3 +302,21 @@ def available_bins(
     columns.astype(jnp.float32),
   )
   return cells > 0
+
+
+def check_boxes(boxes: jax.Array, *, count: int | None = None) -> None:
+  """Raises ValueError unless these are boxes on the grid, `count` of them."""
+  wanted = f"int32[{'P' if count is None else count}, 4] on the feature grid"
+  _check("boxes", boxes, jnp.integer, (count, 4), f"{wanted}; see grid_boxes")
+
+
+def _check(name, array, dtype, shape, wanted):
+  """Raises ValueError unless an array fits; None is an axis of any size."""
+  fits = array.ndim == len(shape) and all(
+    size in (None, found)
+    for size, found in zip(shape, array.shape, strict=True)
+  )
+  if not fits or not jnp.issubdtype(array.dtype, dtype):
+    raise ValueError(
+      f"{name}: found {array.dtype}{list(array.shape)}, wanted {wanted}"
+    )

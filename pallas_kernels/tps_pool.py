@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.moi_pool.api import check_masks, check_pooling
+from .moi_pool.api import check_masks, check_pooling
 
 
 def tps_pool(

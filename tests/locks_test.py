@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import threading
 
 import pytest
 
@@ -20,6 +21,22 @@ def test_a_second_one_is_told_and_a_later_one_is_not(tmp_path):
     pytest.fail("held twice")
   with exclusive(path, busy="free again"):
     pass
+
+
+def test_without_a_message_a_second_one_waits(tmp_path):
+  order = []
+
+  def enter():
+    with exclusive(tmp_path / "lock"):
+      order.append("second")
+
+  second = threading.Thread(target=enter)
+  with exclusive(tmp_path / "lock"):
+    second.start()
+    second.join(timeout=0.2)
+    order.append("first")
+  second.join()
+  assert order == ["first", "second"]
 
 
 def test_where_nothing_can_be_locked_nobody_is_kept_out(tmp_path, monkeypatch):

@@ -78,7 +78,9 @@ class Projection(nn.Module):
     shape = (x.shape[-1], self.channels)
     mean = self.variable("constants", "mean", jnp.zeros, shape[:1])
     matrix = self.variable("constants", "matrix", jnp.zeros, shape)
-    return (x - mean.value) @ matrix.value
+    return jnp.matmul(
+      x - mean.value, matrix.value, precision=jax.lax.Precision.HIGHEST
+    )
 
 
 def _resize(x: jax.Array, height: int, width: int) -> jax.Array:

@@ -243,11 +243,11 @@ def warm_up_optimizer(
   )
 
 
-def main_optimizer(
-  config: ml_collections.ConfigDict, params: Any
-) -> optax.GradientTransformation:
-  """The optimizer of mining and branches: all that is not frozen."""
-  c = config.train
+def frozen_parameters(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """Patterns of the backbone's parameters that keep their values.
+
+  In the main phase: the warm-up trains the whole backbone.
+  """
   backbone = "extractor/backbone/"
   freeze = config.backbone.freeze
   if freeze == "all":
@@ -263,6 +263,14 @@ def main_optimizer(
     config.backbone.name in fields.RESNETS and config.backbone.norm == "frozen"
   ):
     frozen += (backbone + ".*norm/",)
+  return frozen
+
+
+def main_optimizer(
+  config: ml_collections.ConfigDict, params: Any
+) -> optax.GradientTransformation:
+  """The optimizer of mining and branches: all that is not frozen."""
+  c = config.train
   return make_optimizer(
     params,
     name=c.optimizer,
@@ -279,7 +287,7 @@ def main_optimizer(
     weight_decay=c.weight_decay,
     bias_lr_factor=c.bias_lr_factor,
     trained=("extractor", "neck", "heads", "instance", "semantic", "cells"),
-    frozen=frozen,
+    frozen=frozen_parameters(config),
   )
 
 

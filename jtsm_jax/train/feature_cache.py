@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jtsm_jax import locks
 from jtsm_jax.backbones.pretrained import weights_hash
 from jtsm_jax.data.pipeline import images_on_canvas
 from jtsm_jax.data.prepared import RecordSource
@@ -59,7 +60,7 @@ class FeatureCache:
       split: its name.
 
     Raises:
-      InputError: `root` cannot be written; also in `attach`, for its files.
+      InputError: `root` cannot be written.
     """
     # A copy: the training step gives the memory of its state back.
     used = {
@@ -88,6 +89,9 @@ class FeatureCache:
     """Gives a host batch its features in place of images.
 
     Features that are not in the cache are computed and written to it.
+
+    Raises:
+      InputError: float16 is too narrow for a feature, or a file is at fault.
     """
     canvas = batch.superpixels.shape[1:]
     name = f"{self._split}-{canvas[0]}x{canvas[1]}"
@@ -105,7 +109,18 @@ class FeatureCache:
         canvas, batch.image_index[[i]], batch.flip[[i]], batch.window[[i]]
       )
       image = images_on_canvas(plan, self._source)
-      maps[rows[i]] = np.asarray(self._extract(image)[0])
+      found = np.asarray(self._extract(image)[0])
+      with np.errstate(over="ignore"):  # told here
+        kept = found.astype(DTYPE)
+      if not np.isfinite(kept).all():
+        image_id = self._source.image_ids[batch.image_index[i]]
+        raise InputError(
+          f"{self._folder}: the largest feature of {image_id!r} is "
+          f"{np.abs(found).max():g}, and the cache holds numbers up to "
+          f"{np.finfo(DTYPE).max:.0f}; a new run can do without it "
+          "(--config.backbone.cache=False)"
+        )
+      maps[rows[i]] = kept
     if len(missing):
       maps.flush()  # a mark must not outlive a crash that its row does not
       marks[rows[missing]] = 1
@@ -119,13 +134,17 @@ class FeatureCache:
       (self._folder / f"{name}.f16", DTYPE, (rows, *shape)),
       (self._folder / f"{name}.marks", np.dtype(np.uint8), (rows,)),
     )
-    # Marks without their maps would vouch for zeros: both are whole, or new.
-    whole = all(
-      path.exists()
-      and path.stat().st_size == int(np.prod(shape)) * dtype.itemsize
-      for path, dtype, shape in files
-    )
-    with _disk_faults(self._folder):
+    with (
+      _disk_faults(self._folder),
+      # Another run with the same folder may have mapped what is made here.
+      locks.exclusive(self._folder / f"{name}.lock"),
+    ):
+      # Marks without their maps would vouch for zeros: both are whole, or new.
+      whole = all(
+        path.exists()
+        and path.stat().st_size == int(np.prod(shape)) * dtype.itemsize
+        for path, dtype, shape in files
+      )
       try:
         for path, dtype, shape in files:
           _take_room(path, int(np.prod(shape)) * dtype.itemsize, keep=whole)

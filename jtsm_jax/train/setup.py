@@ -115,6 +115,7 @@ class Setup:
       self.model,
       mining=self.mining,
       losses=self.losses,
+      frozen=build.frozen_parameters(self.config),
       accumulation=self.config.train.accumulation,
       proposal_block=self.config.train.proposal_block,
     )
@@ -127,6 +128,7 @@ class Setup:
       self.model,
       num_things=self.num_things,
       losses=self.losses,
+      frozen=build.frozen_parameters(self.config),
       accumulation=self.config.train.accumulation,
     )
 

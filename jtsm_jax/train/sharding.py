@@ -6,6 +6,7 @@ the two large layers of the neck over "model". Everything else is replicated.
 
 from __future__ import annotations
 
+import collections
 import math
 import re
 from typing import Any
@@ -29,7 +30,11 @@ average of the parameters have paths that end alike, so they lie alike."""
 
 
 def make_mesh(*batch_sizes: int, model: int = 1) -> Mesh:
-  """A mesh ("data", "model") over the devices.
+  """A mesh ("data", "model") over the devices, process after process.
+
+  The devices that share the layers belong to one process, and each process has
+  its slice of a batch. `jax.make_mesh` would follow the wires instead: on a TPU
+  slice its rows may lie in two hosts, which load different images.
 
   Args:
     *batch_sizes: images of each global batch that are computed at once. With a
@@ -40,12 +45,14 @@ def make_mesh(*batch_sizes: int, model: int = 1) -> Mesh:
     InputError: `model` does not divide the devices of each process, or several
       processes cannot divide a batch.
   """
-  devices = jax.devices()
-  if model < 1 or jax.local_device_count() % model:
-    raise InputError(
-      f"config.train.model_parallel is {model}; it must divide the "
-      f"{jax.local_device_count()} devices of each process"
-    )
+  devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+  counts = collections.Counter(d.process_index for d in devices)
+  for process, count in counts.items():
+    if model < 1 or count % model:
+      raise InputError(
+        f"config.train.model_parallel is {model}; it must divide the {count} "
+        f"devices of process {process}, and those of each other"
+      )
   data = len(devices) // model
   common = math.gcd(*batch_sizes) if batch_sizes else data
   if jax.process_count() == 1:
@@ -57,11 +64,10 @@ def make_mesh(*batch_sizes: int, model: int = 1) -> Mesh:
       "over config.train.accumulation, and config.warm_up.batch_size where "
       "there is a warm-up"
     )
-  return jax.make_mesh(
-    (data, model),
+  return Mesh(
+    np.reshape(devices[: data * model], (data, model)),
     ("data", "model"),
     axis_types=(AxisType.Auto, AxisType.Auto),
-    devices=devices[: data * model],
   )
 
 
@@ -122,13 +128,19 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
   """Moves a tree of host arrays [B, ...] to the devices, split over "data".
 
   Args:
-    batch: this process's part of it.
+    batch: this process's part of it, as large as that of each other process.
     mesh: from `make_mesh`.
+
+  Raises:
+    ValueError: the devices of this process are to hold other rows.
   """
   sharding = NamedSharding(mesh, PartitionSpec("data"))
-  return jax.tree.map(
-    lambda x: jax.make_array_from_process_local_data(sharding, x), batch
-  )
+
+  def put(x):
+    shape = len(x) * jax.process_count(), *x.shape[1:]
+    return jax.make_array_from_process_local_data(sharding, x, shape)
+
+  return jax.tree.map(put, batch)
 
 
 def local_rows(tree: Any, mesh: Mesh) -> Any:

@@ -13,6 +13,7 @@ from segments that the first part mines:
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -55,12 +56,32 @@ def make_extract_features(model: JTSM) -> Callable[[Any, Batch], Batch]:
   return extract_features
 
 
+def stop_gradients(params: Any, patterns: tuple[str, ...]) -> Any:
+  """Parameters some of which have a gradient of 0, and cost none.
+
+  Where the first stages are stopped, none of the backward pass is done there.
+
+  Args:
+    params: tree of arrays.
+    patterns: regular expressions of the paths ("neck/fc1/kernel") of those,
+      matched from the start.
+  """
+
+  def stop(path, array):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    stopped = any(re.match(p, name) for p in patterns)
+    return jax.lax.stop_gradient(array) if stopped else array
+
+  return jax.tree_util.tree_map_with_path(stop, params)
+
+
 def make_mining_gradients(
   key: jax.Array,
   model: JTSM,
   *,
   mining: MiningSettings,
   losses: LossSettings,
+  frozen: tuple[str, ...] = (),
   accumulation: int = 1,
   proposal_block: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[Any, Mined, Metrics]]:
@@ -71,6 +92,7 @@ def make_mining_gradients(
     model: the model.
     mining: how segments are mined.
     losses: how losses are reduced.
+    frozen: patterns of parameters that do not learn, see `stop_gradients`.
     accumulation: parts of a batch that follow one another; the result is the
       same.
     proposal_block: see `objectives.mining_loss`.
@@ -85,7 +107,7 @@ def make_mining_gradients(
       def function(params):
         return mining_loss(
           model,
-          {"params": params, **state.model_state},
+          {"params": stop_gradients(params, frozen), **state.model_state},
           *part,
           counts=counts,
           mining=mining,
@@ -110,6 +132,7 @@ def make_branch_gradients(
   *,
   num_things: int,
   losses: LossSettings,
+  frozen: tuple[str, ...] = (),
   accumulation: int = 1,
 ) -> Callable[[TrainState, Batch, Mined, PseudoMasks], tuple[Any, Metrics]]:
   """The jitted second part of a step: gradients of L_IS + L_SS.
@@ -119,6 +142,7 @@ def make_branch_gradients(
     model: the model.
     num_things: T.
     losses: how losses are reduced.
+    frozen: see `make_mining_gradients`.
     accumulation: see `make_mining_gradients`.
   """
 
@@ -136,7 +160,8 @@ def make_branch_gradients(
 
     def gradients(part: tuple[Batch, BranchTargets]):
       def function(params):
-        variables = {"params": params, **state.model_state}
+        stopped = stop_gradients(params, frozen)
+        variables = {"params": stopped, **state.model_state}
         return branch_loss(model, variables, *part, counts=counts)
 
       return jax.grad(function, has_aux=True)(state.params), ()

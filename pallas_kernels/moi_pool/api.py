@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import grid
-from pallas_kernels.moi_pool import reference, vjp
+from .. import grid
+from . import reference, vjp
 
 COMPENSATIONS = ("bins", "official", "features", None)
 IMPLEMENTATIONS = (
@@ -60,7 +60,8 @@ def moi_pool(
       device or raise; "reference" is the definition, slow. None takes the
       fastest one that was measured for the device.
     deterministic: on a GPU, make the gradient the same in each run: its sums
-      are made in integers. Elsewhere it always is.
+      are made in integers. Elsewhere it always is. Not for float64, nor are
+      the kernels of Pallas.
     interpret: let Pallas emulate its kernel, on any device: slow, for tests.
       Not for "pallas_mosaic_gpu".
 
@@ -78,24 +79,16 @@ def moi_pool(
     raise ValueError(
       f"compensation: found {compensation!r}, wanted one of {COMPENSATIONS}"
     )
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(
-      f"implementation: found {implementation!r}, wanted one of"
-      f" {IMPLEMENTATIONS}"
-    )
   output_size = tuple(output_size)
-  if implementation == "reference":
-    pooled = reference.max_pool(features, masks, boxes, output_size)
-  else:
-    pooled = vjp.max_pool(
-      features,
-      masks,
-      boxes,
-      output_size,
-      implementation=implementation or "xla",
-      deterministic=deterministic,
-      interpret=interpret,
-    )
+  pooled = max_pool(
+    features,
+    masks,
+    boxes,
+    output_size,
+    implementation=implementation,
+    deterministic=deterministic,
+    interpret=interpret,
+  )
   if compensation is None:
     return pooled
 
@@ -116,6 +109,50 @@ def moi_pool(
     bins = bins + 1 if compensation == "official" else jnp.maximum(bins, 1)
     psi = num_bins / bins
   return (pooled * psi).astype(features.dtype)
+
+
+def max_pool(
+  features: jax.Array,
+  masks: jax.Array | None,
+  boxes: jax.Array,
+  output_size: tuple[int, int],
+  *,
+  implementation: str | None,
+  deterministic: bool,
+  interpret: bool,
+) -> jax.Array:
+  """`moi_pool` without compensation, of checked arrays.
+
+  `masks` None means a full mask.
+
+  Raises:
+    ValueError: unknown implementation, or it does not take the features.
+  """
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"implementation: found {implementation!r}, wanted one of"
+      f" {IMPLEMENTATIONS}"
+    )
+  if features.dtype == jnp.float64 and (
+    deterministic or (implementation or "").startswith("pallas")
+  ):
+    raise ValueError(
+      f"features: found float64, wanted at most 32 bits with {implementation=}"
+      f" and {deterministic=}; 'xla' keeps float64, with deterministic=False"
+    )
+  if implementation == "reference":
+    if masks is None:
+      masks = jnp.ones((len(boxes), *features.shape[:2]), bool)
+    return reference.max_pool(features, masks, boxes, output_size)
+  return vjp.max_pool(
+    features,
+    masks,
+    boxes,
+    output_size,
+    implementation=implementation or "xla",
+    deterministic=deterministic,
+    interpret=interpret,
+  )
 
 
 def masked_average(features: jax.Array, masks: jax.Array) -> jax.Array:
@@ -150,25 +187,18 @@ def check_pooling(
 ) -> None:
   """Raises ValueError unless the arguments suit a max-pooling of boxes."""
   _check_features(features)
-  if (
-    boxes.ndim != 2
-    or boxes.shape[1] != 4
-    or not jnp.issubdtype(boxes.dtype, jnp.integer)
-  ):
-    raise ValueError(
-      f"boxes: found {boxes.dtype}{list(boxes.shape)}, wanted int32[P, 4]"
-      " on the feature grid; see grid_boxes"
-    )
+  grid.check_boxes(boxes)
   if len(output_size) != 2 or min(output_size) < 1:
     raise ValueError(
       f"output_size: found {output_size}, wanted two positive integers"
     )
   if not isinstance(boxes, jax.core.Tracer):
     height, width = features.shape[:2]
-    y0, x0, y1, x1 = jnp.moveaxis(boxes, -1, 0)
-    outside = (y0 >= height) | (x0 >= width) | (y1 < 0) | (x1 < 0)
+    # On the host: under jit, jax's own operations would be traced.
+    boxes = jax.device_get(boxes)
+    outside = (boxes[:, :2] >= (height, width)) | (boxes[:, 2:] < 0)
     if outside.any():
-      p = int(jnp.argmax(outside))
+      p = outside.any(axis=1).argmax()
       raise ValueError(
         f"boxes: box {p} is {boxes[p].tolist()}, outside the grid of {height} x"
         f" {width} cells; wanted (y0, x0, y1, x1) in cells, see grid_boxes"

@@ -15,8 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import grid
-from pallas_kernels.moi_pool.xla import cell_dtype
+from .. import grid
+from .xla import cell_dtype
 
 CHANNELS = 128  # of a program: the threads of a warpgroup
 

@@ -20,8 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import grid
-from pallas_kernels.moi_pool.xla import cell_dtype
+from .. import grid
+from .xla import cell_dtype
 
 LANES = 128
 MAX_SUBLANES = 8

@@ -17,8 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels import grid
-from pallas_kernels.moi_pool.xla import cell_dtype
+from .. import grid
+from .xla import cell_dtype
 
 CHANNELS = 128  # of a program; 4 for each thread of a warp
 CELLS_AT_ONCE = 4

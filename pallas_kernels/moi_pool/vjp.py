@@ -6,6 +6,7 @@ for the backward pass, only where a gradient is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import types
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.moi_pool import xla
+from . import xla
 
 
 def max_pool(
@@ -47,11 +48,11 @@ class _How:
     # Late: importing Pallas takes long, and Mosaic GPU needs absl.
     match self.implementation:
       case "pallas_tpu":
-        from pallas_kernels.moi_pool import pallas_tpu as kernels
+        from . import pallas_tpu as kernels
       case "pallas_triton":
-        from pallas_kernels.moi_pool import pallas_triton as kernels
+        from . import pallas_triton as kernels
       case "pallas_mosaic_gpu":
-        from pallas_kernels.moi_pool import pallas_mosaic_gpu as kernels
+        from . import pallas_mosaic_gpu as kernels
       case "xla":
         kernels = xla
     return kernels
@@ -61,12 +62,20 @@ class _How:
     """What emulation adds to the arguments of a kernel."""
     return {"interpret": True} if self.interpret else {}
 
+  @property
+  def context(self) -> contextlib.AbstractContextManager:
+    """Where a kernel is traced: Pallas counts in 32 bits on the devices."""
+    if self.implementation == "xla":
+      return contextlib.nullcontext()
+    return jax.enable_x64(False)
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _max_pool(features, masks, boxes, how):
-  pooled = how.kernels.pooled_max(
-    features, masks, boxes, how.output_size, **how.options
-  )
+  with how.context:
+    pooled = how.kernels.pooled_max(
+      features, masks, boxes, how.output_size, **how.options
+    )
   return _zero_empty(pooled)
 
 
@@ -76,9 +85,10 @@ def _zero_empty(pooled):
 
 
 def _forward(features, masks, boxes, how):
-  pooled, cells = how.kernels.pooled_argmax(
-    features, masks, boxes, how.output_size, **how.options
-  )
+  with how.context:
+    pooled, cells = how.kernels.pooled_argmax(
+      features, masks, boxes, how.output_size, **how.options
+    )
   # No bytes, but the shape of the grid.
   return _zero_empty(pooled), (cells, boxes, features[:, :, :0])
 
@@ -87,9 +97,10 @@ def _backward(how, residuals, gradient):
   cells, boxes, shape_of_grid = residuals
   grid_size = shape_of_grid.shape[:2]
   if how.implementation == "pallas_tpu":
-    total = how.kernels.add_gradient(
-      gradient, cells, boxes, grid_size, **how.options
-    )
+    with how.context:
+      total = how.kernels.add_gradient(
+        gradient, cells, boxes, grid_size, **how.options
+      )
   elif how.deterministic:
     floats, integers = (
       functools.partial(add, grid_size=grid_size)

@@ -18,15 +18,38 @@ or in branches for several platforms, traces them once.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import grid
+from .. import grid
 
 STEPS_AT_ONCE = 8
 CHUNK = 128  # proposals at a time where the device is no CPU
+
+
+class _Bins(NamedTuple):
+  """The bins of proposals, and what a walk through their cells takes."""
+
+  top: jax.Array  # [P, oh], as the next three from `grid.bin_edges`
+  bottom: jax.Array
+  left: jax.Array  # [P, ow]
+  right: jax.Array
+  columns: jax.Array  # [P, 1], of the widest bin, or 1
+  steps: jax.Array  # [P]
+  masks: jax.Array | None  # [P, Hf * Wf]
+
+
+class _Walk(NamedTuple):
+  """A chunk of proposals, whose bins walk through their cells in step."""
+
+  flat: jax.Array  # [Hf * Wf + 1, C] features, of the last cell -inf
+  cells: Callable[[jax.Array], jax.Array]  # of a step, [bins]; the last: none
+  steps: jax.Array
+  shape: tuple[int, int]  # (bins, C)
 
 
 @functools.partial(jax.jit, static_argnames=("output_size",))
@@ -39,8 +62,8 @@ def pooled_max(
   """[P, oh, ow, C] maximum over the available cells; -inf in empty bins."""
   shape = (len(boxes), *output_size, features.shape[-1])
 
-  def pool(*walk):
-    return (_forwards(*walk),)
+  def pool(walk):
+    return (_forwards(walk),)
 
   results = (jax.ShapeDtypeStruct(shape, features.dtype),)
   return _by_chunks(pool, results, features, masks, boxes)[0]
@@ -67,9 +90,9 @@ def pooled_argmax(
   shape = (len(boxes), *output_size, channels)
   dtype = cell_dtype(height * width)
 
-  def pool(*walk):
-    pooled = _forwards(*walk)
-    return pooled, _backwards(*walk, pooled).astype(dtype)
+  def pool(walk):
+    pooled = _forwards(walk)
+    return pooled, _backwards(walk, pooled).astype(dtype)
 
   results = tuple(
     jax.ShapeDtypeStruct(shape, d) for d in (features.dtype, dtype)
@@ -96,17 +119,19 @@ def add_gradient(
     grid_size: (Hf, Wf).
 
   Returns:
-    [Hf, Wf, C] float32.
+    [Hf, Wf, C] float32, or float64 if the gradient is.
   """
   height, width = grid_size
   channels = gradient.shape[-1]
+  dtype = jnp.promote_types(gradient.dtype, jnp.float32)
   # What empty bins carry goes to a row past the grid.
-  total = jnp.zeros((height * width + 1) * channels, jnp.float32)
+  total = jnp.zeros((height * width + 1) * channels, dtype)
 
   def add(gradient, argmax, total):
-    index = argmax.astype(jnp.int32) * channels + jnp.arange(channels)
+    index = argmax.astype(jnp.int32) * channels
+    index += jnp.arange(channels, dtype=jnp.int32)
     return total.at[index.reshape(-1)].add(
-      gradient.reshape(-1).astype(jnp.float32), mode="promise_in_bounds"
+      gradient.reshape(-1).astype(dtype), mode="promise_in_bounds"
     )
 
   def add_one_by_one(gradient, argmax, total):
@@ -134,7 +159,7 @@ def add_gradient_in_integers(
   2**-36 of it (for 4,000 proposals and 49 bins) is lost. A gradient that is not
   finite makes all results NaN.
 
-  Args, Returns: as `add_gradient`.
+  Args, Returns: as `add_gradient`, of at most 32 bits.
   """
   height, width = grid_size
   num_cells, channels = height * width, gradient.shape[-1]
@@ -143,7 +168,7 @@ def add_gradient_in_integers(
   _, exponent = jnp.frexp(jnp.max(jnp.abs(gradient), initial=0))
   bits = 30 - len(gradient).bit_length()
   rest, total, unit = jnp.ldexp(gradient, -exponent), 0.0, 1.0
-  columns = jnp.arange(channels)
+  columns = jnp.arange(channels, dtype=jnp.int32)
   for _ in range(3):
     unit *= 2.0**-bits
     part = jnp.round(rest / unit)
@@ -158,13 +183,7 @@ def add_gradient_in_integers(
 
 
 def _by_chunks(pool, results, features, masks, boxes):
-  """Makes `results` [P, oh, ow, C] of what `pool` returns for each chunk.
-
-  `pool` gets the features [Hf * Wf + 1, C], the last of which are -inf, a
-  function from step to the cells [chunk * oh * ow] of the bins (the last: not
-  available), the number of steps, and the shape of a result with bins in one
-  axis.
-  """
+  """Makes `results` [P, oh, ow, C] of what `pool` returns for each walk."""
   height, width, channels = features.shape
   num_proposals, oh, ow, _ = results[0].shape
   if not num_proposals:
@@ -176,32 +195,33 @@ def _by_chunks(pool, results, features, masks, boxes):
   steps = jnp.max(bottom - top, axis=1) * columns
   if masks is not None:
     masks = masks.reshape(num_proposals, height * width)
-  walks = top, bottom, left, right, columns[:, None], steps, masks
+  bins = _Bins(top, bottom, left, right, columns[:, None], steps, masks)
   nothing = jnp.full((1, channels), -jnp.inf, features.dtype)
   flat = features.reshape(height * width, channels)
   flat = jnp.concatenate([flat, nothing])
 
-  def one_chunk(size, walks, flat, i, bits_so_far):
+  def one_chunk(size, bins, flat, i, bits_so_far):
     # The last chunk may begin in the one before, and do a part of it again.
     start = jnp.minimum(i * size, num_proposals - size)
-    top, bottom, left, right, columns, steps, masks = jax.tree.map(
-      lambda x: lax.dynamic_slice_in_dim(x, start, size), walks
+    bins = jax.tree.map(
+      lambda x: lax.dynamic_slice_in_dim(x, start, size), bins
     )
 
     def cells(step):
-      row = top + step // columns
-      column = left + step % columns
-      available = (row < bottom)[:, :, None] & (column < right)[:, None, :]
+      row = bins.top + step // bins.columns
+      column = bins.left + step % bins.columns
+      in_rows, in_columns = row < bins.bottom, column < bins.right
+      available = in_rows[:, :, None] & in_columns[:, None, :]
       index = row[:, :, None] * width + column[:, None, :]
       index = jnp.where(available, index, 0)
-      if masks is not None:
+      if bins.masks is not None:
         available &= jnp.take_along_axis(
-          masks, index.reshape(size, -1), axis=1
+          bins.masks, index.reshape(size, -1), axis=1
         ).reshape(index.shape)
       return jnp.where(available, index, height * width).reshape(-1)
 
     shape = size * oh * ow, channels
-    found = pool(flat, cells, jnp.max(steps), shape)
+    found = pool(_Walk(flat, cells, jnp.max(bins.steps), shape))
     return tuple(
       lax.dynamic_update_slice_in_dim(
         whole,
@@ -212,18 +232,18 @@ def _by_chunks(pool, results, features, masks, boxes):
       for whole, part, r in zip(bits_so_far, found, results, strict=True)
     )
 
-  def all_chunks(size, dtype, walks, flat):
+  def all_chunks(size, dtype, bins, flat):
     return lax.fori_loop(
       0,
       -(-num_proposals // size),
-      functools.partial(one_chunk, size, walks, flat.astype(dtype)),
+      functools.partial(one_chunk, size, bins, flat.astype(dtype)),
       tuple(_bits(jnp.zeros(r.shape, r.dtype)) for r in results),
     )
 
   # CPUs have no bfloat16: XLA would convert all features for each chunk.
   wide = jnp.promote_types(features.dtype, jnp.float32)
   found = lax.platform_dependent(
-    walks,
+    bins,
     flat,
     cpu=functools.partial(all_chunks, 1, wide),
     default=functools.partial(
@@ -249,44 +269,40 @@ def _bits(values):
   return values
 
 
-def _forwards(flat, cells, steps, shape):
+def _forwards(walk):
   """Maxima of a chunk, walking from the first cell to the last."""
 
   def body(i, pooled):
-    for index in _look_up(cells, i):
-      pooled = jnp.maximum(pooled, _at(flat, index))
+    for cells in _look_up(walk, i):
+      pooled = jnp.maximum(pooled, walk.flat[cells])
     return pooled
 
-  start = jnp.full(shape, -jnp.inf, flat.dtype)
-  return lax.fori_loop(0, _rounds(steps), body, start)
+  start = jnp.full(walk.shape, -jnp.inf, walk.flat.dtype)
+  return lax.fori_loop(0, _rounds(walk), body, start)
 
 
-def _backwards(flat, cells, steps, shape, pooled):
+def _backwards(walk, pooled):
   """First cells that hold the maxima, walking from the last to the first."""
-  rounds = _rounds(steps)
+  rounds = _rounds(walk)
 
   def body(i, first):
-    for index in _look_up(cells, rounds - 1 - i)[::-1]:
-      found = _at(flat, index)
+    for cells in _look_up(walk, rounds - 1 - i)[::-1]:
+      found = walk.flat[cells]
       equal = (found == pooled) | (jnp.isnan(found) & jnp.isnan(pooled))
-      first = jnp.where(equal, index[..., None], first)
+      first = jnp.where(equal, cells[..., None], first)
     return first
 
-  first = lax.fori_loop(0, rounds, body, jnp.zeros(shape, jnp.int32))
-  return jnp.where(pooled == -jnp.inf, len(flat) - 1, first)
+  first = lax.fori_loop(0, rounds, body, jnp.zeros(walk.shape, jnp.int32))
+  return jnp.where(pooled == -jnp.inf, len(walk.flat) - 1, first)
 
 
-def _rounds(steps):
-  return (steps + STEPS_AT_ONCE - 1) // STEPS_AT_ONCE
+def _rounds(walk):
+  return (walk.steps + STEPS_AT_ONCE - 1) // STEPS_AT_ONCE
 
 
-def _look_up(cells, i):
+def _look_up(walk, i):
   # The barrier keeps XLA from computing the cells once per channel.
   first = i * STEPS_AT_ONCE
   return lax.optimization_barrier(
-    tuple(cells(first + j) for j in range(STEPS_AT_ONCE))
+    tuple(walk.cells(first + j) for j in range(STEPS_AT_ONCE))
   )
-
-
-def _at(flat, index):
-  return flat[index]

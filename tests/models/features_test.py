@@ -97,6 +97,15 @@ def test_projection_is_linear_around_the_mean():
   np.testing.assert_allclose(found, (x - mean) @ matrix, rtol=1e-4, atol=1e-5)
 
 
+def test_accelerators_project_in_float32():
+  x = jnp.zeros((1, 4, 4, 3))
+  project = jax.jit(lambda x: Projection(2).init_with_output({}, x)[0])
+  text = project.lower(x).as_text()
+  # Their default is bfloat16 on TPUs, TF32 on GPUs.
+  assert text.count("dot_general") == 1
+  assert "precision = [HIGHEST, HIGHEST]" in text
+
+
 def _cells(seed=0):
   rng = np.random.default_rng(seed)
   cells = rng.normal(size=(200, 7)) @ rng.normal(size=(7, 7)) + 3

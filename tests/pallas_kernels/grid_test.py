@@ -186,6 +186,92 @@ def test_superpixel_masks_reject_bad_arguments():
     pallas_kernels.superpixel_masks(
       superpixels, membership, None, stride=2, availability="half"
     )
+  with pytest.raises(ValueError, match=r"stride.*0"):
+    pallas_kernels.superpixel_masks(superpixels, membership, None, stride=0)
+
+
+ARGUMENTS = {
+  "superpixels": np.zeros((8, 12), np.int32),
+  "membership": np.ones((3, 5), bool),
+  "boxes": np.zeros((3, 4), np.int32),
+  "coverage": np.ones((3, 2, 3), np.float32),
+  "masks": np.ones((3, 2, 3), bool),
+}
+PIXELS = np.zeros((3, 4), np.float32)
+
+
+@pytest.mark.parametrize(
+  ("function", "names", "change", "message"),
+  [
+    ("grid_boxes", "boxes", PIXELS.T, r"boxes.*\[4, 3\].*pixels"),
+    (
+      "superpixel_masks",
+      "superpixels membership boxes",
+      {"superpixels": np.zeros((1, 8, 12), np.int32)},
+      r"superpixels.*\[1, 8, 12\].*vmap",
+    ),
+    (
+      "superpixel_masks",
+      "superpixels membership boxes",
+      {"superpixels": np.zeros((8, 12), np.float32)},
+      "superpixels.*float32",
+    ),
+    (
+      "superpixel_masks",
+      "superpixels membership boxes",
+      {"membership": np.ones((5, 3), bool)},
+      r"boxes.*\[3, 4\].*\[5, 4\]",
+    ),
+    (
+      "superpixel_coverage",
+      "superpixels membership",
+      {"membership": np.ones((3, 5), np.uint8)},
+      "membership.*uint8",
+    ),
+    (
+      "superpixel_coverage",
+      "superpixels membership",
+      {"membership": np.ones(5, bool)},
+      r"membership.*\[5\]",
+    ),
+    ("superpixel_cells", "superpixels", np.zeros(8, np.int32), "superpixels"),
+    (
+      "available_cells",
+      "coverage boxes",
+      {"coverage": np.ones((2, 3), np.float32)},
+      r"coverage.*\[2, 3\]",
+    ),
+    ("available_cells", "coverage boxes", {"boxes": PIXELS}, "boxes.*float32"),
+    ("cells_in_boxes", "boxes", PIXELS, "boxes.*float32.*grid_boxes"),
+    ("cells_in_boxes", "boxes", np.zeros(4, np.int32), r"boxes.*\[4\]"),
+    (
+      "available_bins",
+      "masks boxes",
+      {"masks": np.ones((3, 2, 3))},
+      "masks.*float",
+    ),
+    (
+      "available_bins",
+      "masks boxes",
+      {"boxes": np.zeros((2, 4), np.int32)},
+      r"boxes.*\[2, 4\].*\[3, 4\]",
+    ),
+  ],
+)
+def test_bad_arguments(function, names, change, message):
+  options = {
+    "grid_boxes": {"stride": 4},
+    "superpixel_masks": {"stride": 4},
+    "superpixel_coverage": {"stride": 4},
+    "superpixel_cells": {"stride": 4, "num_superpixels": 5},
+    "cells_in_boxes": {"grid_size": (2, 3)},
+  }
+  if not isinstance(change, dict):
+    change = {names: change}
+  arguments = {name: ARGUMENTS[name] for name in names.split()}
+  call = getattr(pallas_kernels, function)
+  with pytest.raises(ValueError, match=message):
+    call(**(arguments | change), **options.get(function, {}))
 
 
 def test_available_bins_equal_the_loop():

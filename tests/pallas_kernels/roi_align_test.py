@@ -120,6 +120,24 @@ def test_gradient(proposals, ratio):
   )
 
 
+@pytest.mark.parametrize("ratio", [2, None])
+def test_accelerators_make_the_products_in_float32(ratio):
+  features, boxes = _case(2)
+  gradient = jax.jit(
+    jax.grad(
+      lambda f: roi_align(f, boxes, stride=8, sampling_ratio=ratio).sum()
+    )
+  )
+  products = [
+    line
+    for line in gradient.lower(features).as_text().splitlines()
+    if "dot_general" in line
+  ]
+  assert products
+  # Their default is bfloat16 on TPUs, TF32 on GPUs.
+  assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
 def test_vmap_bfloat16_and_no_proposals():
   features, boxes = _case()
   images = jnp.stack([features, features[::-1]])

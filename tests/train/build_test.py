@@ -1,5 +1,6 @@
 """Configurations to models."""
 
+import functools
 import importlib
 import pathlib
 import re
@@ -13,7 +14,7 @@ from configs import ablations, base, variants
 from jtsm_jax.backbones import pretrained
 from jtsm_jax.backbones.resnet_ws import ResNetWS
 from jtsm_jax.modes.trained import prediction_settings
-from jtsm_jax.train import build, fields
+from jtsm_jax.train import build, cost, fields, step
 from jtsm_jax.types import Batch, Categories, Category, InputError
 
 CATEGORIES = Categories(
@@ -341,6 +342,39 @@ def test_frozen_stages_get_no_update(freeze, norm, moving):
     moves = names[0] in moving and not (norm == "frozen" and "norm" in names)
     assert bool(np.all(update != 0)) == moves, names
     assert bool(np.any(update != 0)) == moves, names
+
+
+@pytest.mark.parametrize("remat", ["", "backbone"])
+@pytest.mark.parametrize(
+  ("name", "freeze"),
+  [
+    ("resnet_ws", "res4"),
+    ("resnet", "res4"),
+    ("efficientnet_lite0", "stage6"),
+  ],
+)
+def test_the_backward_pass_ends_at_the_last_frozen_stage(name, freeze, remat):
+  config = base.get_config()
+  config.backbone.name, config.backbone.freeze = name, freeze
+  config.backbone.outputs = tuple(fields.STAGES[name])[-1:]
+  config.train.remat = remat
+  model = build.build_model(config, CATEGORIES)
+  images = np.zeros((1, 64, 64, 3), np.uint8)
+  variables = jax.eval_shape(
+    lambda key: model.init(key, images, method="extract"), jax.random.key(0)
+  )
+
+  def loss(params, others, frozen):
+    variables = {"params": step.stop_gradients(params, frozen), **others}
+    return model.apply(variables, images, method="extract").sum()
+
+  def flops(frozen):
+    others = {k: tree for k, tree in variables.items() if k != "params"}
+    gradient = jax.grad(functools.partial(loss, frozen=frozen))
+    return cost.matmul_flops(gradient, variables["params"], others)
+
+  assert flops(("extractor/",)) == 0
+  assert 0 < flops(build.frozen_parameters(config)) < 0.8 * flops(())
 
 
 def test_every_part_of_the_model_learns():

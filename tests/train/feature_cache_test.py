@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import cv2
 import jax.numpy as jnp
@@ -12,8 +13,9 @@ import pytest
 
 from jtsm_jax.data.pipeline import images_on_canvas
 from jtsm_jax.data.sampling import BatchPlan
+from jtsm_jax.train import feature_cache
 from jtsm_jax.train.feature_cache import FeatureCache, cache_bytes
-from jtsm_jax.types import Record
+from jtsm_jax.types import InputError, Record
 from tests import tiny
 
 MODEL = tiny.make_model()
@@ -199,6 +201,48 @@ def test_other_ways_to_use_the_same_weights_have_a_folder_of_their_own(
   assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_features_beyond_float16_are_an_error_and_not_marked(tmp_path):
+  normalise = MODEL.extractor.normalise
+  model = MODEL.clone(
+    extractor=MODEL.extractor.clone(normalise=lambda x: 1e6 * normalise(x))
+  )
+  cache = FeatureCache(
+    tmp_path, model=model, variables=VARIABLES, split="train", source=Images()
+  )
+  for _ in range(2):
+    with pytest.raises(InputError) as error:
+      cache.attach(BLIND)
+    for part in (str(tmp_path), "image_0", "65504", "backbone.cache=False"):
+      assert part in str(error.value)
+  [marks] = tmp_path.rglob("*.marks")
+  assert not any(marks.read_bytes())
+
+
+def test_another_run_waits_while_the_files_are_made(tmp_path, monkeypatch):
+  take_room = feature_cache._take_room
+  caches = [_open(tmp_path, Images()) for _ in range(2)]
+  entered, found = threading.Event(), []
+  second = threading.Thread(
+    target=lambda: found.append(caches[1].attach(BLIND))
+  )
+
+  def slowly(*args, **options):
+    if threading.current_thread() is second:
+      entered.set()
+    elif not second.ident:
+      second.start()
+      # It would truncate what is mapped here, or keep what is half made.
+      assert not entered.wait(timeout=2)
+    take_room(*args, **options)
+
+  monkeypatch.setattr(feature_cache, "_take_room", slowly)
+  found.append(caches[0].attach(BLIND))
+  second.join()
+  assert entered.is_set()
+  for batch in (*found, _open(tmp_path, Images()).attach(BLIND)):
+    _assert_features(batch, _direct(BLIND))
+
+
 FULL = """
 import pathlib, resource, sys
 from jtsm_jax.types import InputError
@@ -227,7 +271,7 @@ def test_a_full_disk_is_told_before_a_row_is_written(tmp_path):
   assert f"{tmp_path}" in ended.stdout
   assert "features cannot be kept (File too large)" in ended.stdout
   assert "--config.backbone.cache_dir" in ended.stdout
-  assert not [p for p in tmp_path.rglob("*") if p.is_file()]  # room again
+  assert {p.suffix for p in tmp_path.rglob("*.*")} == {".lock"}  # room again
 
 
 def test_a_file_with_holes_gets_its_blocks(tmp_path):

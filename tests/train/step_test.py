@@ -16,6 +16,7 @@ from jtsm_jax.evaluation.inference import make_score_step
 from jtsm_jax.losses.refinement import refinement_loss
 from jtsm_jax.mining import labels
 from jtsm_jax.train import objectives, step, warm_up
+from jtsm_jax.train.cost import matmul_flops
 from jtsm_jax.train.random_keys import INSTANCES, dropout_keys, image_keys
 from jtsm_jax.train.schedule import make_optimizer
 from jtsm_jax.train.state import TrainState
@@ -194,6 +195,35 @@ def test_with_a_cell_head_mining_follows_the_maps():
     outputs.mil_scores, outputs.image_scores, BATCH, **options
   )
   assert not np.array_equal(other.label, first.label)
+
+
+def test_frozen_stages_have_no_gradient_and_cost_none():
+  model = tiny.make_model(frozen=False, dropout=0.5)
+  state = _state(model)
+  mined, pseudo = _mined()
+  found, flops = {}, {}
+  for frozen in ((), ("extractor/backbone/fine_",)):
+    mining = step.make_mining_gradients(
+      KEY, model, mining=MINING, losses=LOSSES, frozen=frozen
+    )
+    branches = step.make_branch_gradients(
+      KEY, model, num_things=tiny.NUM_THINGS, losses=LOSSES, frozen=frozen
+    )
+    parts = (mining, (state, BATCH)), (branches, (state, BATCH, mined, pseudo))
+    found[frozen] = [part(*arguments)[0] for part, arguments in parts]
+    flops[frozen] = [
+      matmul_flops(part, *arguments) for part, arguments in parts
+    ]
+  everything, stopped = found.values()
+  assert all(a > b for a, b in zip(*flops.values(), strict=True))
+  for a, b in zip(everything, stopped, strict=True):
+    for layer in ("fine_conv", "fine_norm"):
+      kept, zeros = (x["extractor"]["backbone"].pop(layer) for x in (a, b))
+      assert all(np.any(x) for x in jax.tree.leaves(kept))
+      assert not any(np.any(x) for x in jax.tree.leaves(zeros))
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), a, b
+    )
 
 
 def test_both_parts_of_a_step_sum_to_the_gradient_of_the_loss():

@@ -219,6 +219,26 @@ def test_full_mask_equals_roi_pool(pool):
   )
 
 
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"implementation": "reference"},
+    {"implementation": "pallas_triton", "interpret": True},
+    {"deterministic": True},
+  ],
+)
+def test_roi_pool_takes_the_options_of_moi_pool(options):
+  features, _, boxes = random_case(7)
+  boxes = np.clip(boxes, 0, 8)
+  found = pallas_kernels.roi_pool(
+    features, boxes, output_size=(3, 2), **options
+  )
+  expected = pallas_kernels.roi_pool(features, boxes, output_size=(3, 2))
+  np.testing.assert_array_equal(found, expected)
+  with pytest.raises(ValueError, match=r"implementation.*'cuda'"):
+    pallas_kernels.roi_pool(features, boxes, implementation="cuda")
+
+
 def test_roi_pool_gradient_is_that_of_the_full_mask():
   features, masks, boxes = random_case(8, ties=True)
   full = np.ones_like(masks)
@@ -352,3 +372,24 @@ def test_numpy_arguments_without_jit():
   )
   expected, _ = loop_pool(features, masks, boxes, (3, 3))
   np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_a_jitted_function_may_hold_masks_and_boxes(array):
+  features, masks, boxes = random_case(13)
+  masks, boxes = array(masks), array(np.clip(boxes, 0, 8))
+  for pool, arguments in (
+    (pallas_kernels.moi_pool, (masks, boxes)),
+    (pallas_kernels.roi_pool, (boxes,)),
+    (pallas_kernels.tps_pool, (masks, boxes)),
+  ):
+    held = jax.jit(lambda f, pool=pool, rest=arguments: pool(f, *rest))
+    expected = pool(features, *arguments)
+    np.testing.assert_allclose(held(features), expected, atol=1e-4)
+
+
+def test_a_jitted_function_that_holds_a_box_outside_the_grid():
+  features, _, _ = random_case(13)
+  outside = jnp.array([[0, 0, 8, 8], [9, 0, 9, 8]])
+  with pytest.raises(ValueError, match=r"box 1 is \[9, 0, 9, 8\]"):
+    jax.jit(lambda f: pallas_kernels.roi_pool(f, outside))(features)
