@@ -37,6 +37,7 @@ def nothing(index, size):
       rles=(),
       size=tuple(size),
     ),
+    best=None,
     scores=np.zeros((0, len(CATEGORIES)), np.float32),
     image_scores=np.zeros(len(CATEGORIES), np.float32),
   )
