@@ -1008,7 +1008,7 @@ def test_instances_alone_as_ground_truth(folder, run, tmp_path):
   (root / "instances_val.json").write_text(json.dumps(truth))
   flags = *mine(root), "--config.train.steps=2", "--config.warm_up.steps=0"
   out, _ = run(workdir, *flags, "--config.train.evaluate_every=2")
-  assert "no PQ: it needs panoptic masks" in out
+  assert "measured as 'instance': for 'panoptic' val lacks" in out
   assert out.count("masks of things, COCO: AP") == 2  # once while it trains
   metrics = json.loads((workdir / "evaluation" / "metrics.json").read_text())
   assert metrics["task"] == "instance"

@@ -119,10 +119,16 @@ def has_truth(data: PreparedData) -> bool:
 def measured_task(source: RecordSource, task: str) -> str:
   """The task that the ground truth of a split can measure.
 
-  Instances alone measure "panoptic" as they do "instance".
+  Without panoptic maps "panoptic" is measured as "instance", and without masks
+  both as "detection".
   """
   if task == "panoptic" and source.has_instances and not source.has_targets:
-    return "instance"
+    task = "instance"
+  if task == "instance" and not source.has_targets:
+    found = (source.instances(i) for i in range(len(source)))
+    first = next((x for x in found if x is not None and len(x.category)), None)
+    if first is not None and not _has_masks(first):
+      task = "detection"
   return task
 
 

@@ -121,7 +121,10 @@ def run_evaluation(
   if "val" not in measured:
     print("evaluate: there is no ground truth of validation images to compare")
   elif result["task"] != config.task:
-    print("no PQ: it needs panoptic masks, and val has instances alone")
+    print(
+      f"measured as {result['task']!r}: for {config.task!r} val lacks "
+      + ("panoptic masks" if config.task == "panoptic" else "masks")
+    )
   if measured:
     print(f"\nfigures    {folder_ / 'metrics.json'}")
   if "test" in data.splits:

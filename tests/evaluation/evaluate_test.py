@@ -51,6 +51,9 @@ class Truth:
   things: object = None
   image_ids = ("a",)
 
+  def __len__(self):
+    return len(self.image_ids)
+
   def target(self, i):
     return self.panoptic
 
@@ -159,8 +162,14 @@ def test_boxes_need_no_masks():
   lines = final_table({"task": "detection"}, corloc).splitlines()
   assert lines[0].split() == ["CorLoc", "images"]
   assert lines[4].split() == ["cow", "100.0", "1"]
-  with pytest.raises(InputError, match="image a has no masks"):
-    run(Truth(things=things), "instance")
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance"])
+def test_boxes_alone_measure_the_detections_of_other_tasks(task):
+  boxes = Truth(things=dataclasses.replace(instances_of(TRUTH), rles=()))
+  result = run(boxes, task)
+  assert result == run(boxes, "detection")
+  assert result["task"] == "detection"
 
 
 def data_of(val):
