@@ -148,7 +148,7 @@ def main(argv: list[str]) -> None:
       distributed.start(*by_hand)
     run.run(
       _CONFIG.value,
-      pathlib.Path(_WORKDIR.value),
+      pathlib.Path(_WORKDIR.value).expanduser(),
       mode=_MODE.value,
       images=_INPUT.value,
       shard=_SHARD.value,

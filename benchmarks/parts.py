@@ -28,6 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+from jtsm_jax.data.files import absolute_path
 from jtsm_jax.data.panoptic_files import read_panoptic
 from jtsm_jax.data.prepared import open_prepared
 from jtsm_jax.evaluation.panoptic_quality import PanopticQuality
@@ -79,7 +80,9 @@ def main() -> None:
     for part in args.parts:
       if str(seed) in read_results(path).get(part, {}):
         continue
-      figures = run(args.workdir.absolute(), args.root, part, seed)
+      figures = run(
+        args.workdir.absolute(), absolute_path(args.root), part, seed
+      )
       results = read_results(path)  # perhaps another process has written
       results.setdefault(part, {})[str(seed)] = figures
       path.write_text(json.dumps(results, indent=1) + "\n")

@@ -33,6 +33,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from configs.ablations import ROWS, TABLES
+from jtsm_jax.data.files import absolute_path
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -106,7 +107,7 @@ def train(
       "proposals.store": shared / "proposals",
       "backbone.cache_dir": shared / "features",
       "reestimation.cache_dir": shared / "masks",
-      **({"data.root": args.root} if args.root else {}),
+      **({"data.root": absolute_path(args.root)} if args.root else {}),
       **LEFT_OUT,
       **changes,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import os
 import pathlib
 import platform
@@ -20,6 +21,7 @@ from jtsm_jax.data import prepared
 from jtsm_jax.data.audit import class_table
 from jtsm_jax.data.files import (
   PathOrUrl,
+  absolute_path,
   cache_folder,
   full_path,
   is_local,
@@ -80,7 +82,16 @@ START_FIELDS = ("train.init_from", "train.init_skip")
 PLACE_FIELDS = ("data.root", "data.sbd")
 """Fields that a trained workdir knows: later calls may leave them out."""
 
-PATH_FIELDS = (*PLACE_FIELDS, "proposals.source")
+PATH_FIELDS = (
+  *PLACE_FIELDS,
+  "data.prepared",
+  "proposals.source",
+  "proposals.store",
+  "backbone.pretrained",
+  "backbone.cache_dir",
+  "reestimation.cache_dir",
+  "train.init_from",
+)
 """Fields that may be spelt in another way, if they lead to the same place."""
 
 DATA_FIELDS = (
@@ -133,6 +144,7 @@ def run(
   if not _is_trained(workdir):
     fields.check_schedule(config)
   _keep_compiled_programs()
+  config = _with_absolute_paths(config)
   config = claim_workdir(workdir, config)
   if mode == "predict":
     return predict_images(config, workdir, images)
@@ -259,6 +271,18 @@ def claim_workdir(
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(mine, indent=1))
     os.replace(draft, path)
+  return config
+
+
+def _with_absolute_paths(config: Config) -> Config:
+  """Later calls find the same places from other folders."""
+  values = {f: operator.attrgetter(f)(config) for f in PATH_FIELDS}
+  if values["backbone.pretrained"] == "imagenet":  # is no path
+    del values["backbone.pretrained"]
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict(
+    {f: absolute_path(value) for f, value in values.items() if value}
+  )
   return config
 
 

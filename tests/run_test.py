@@ -160,6 +160,48 @@ def test_paths_are_the_same_in_any_spelling(root, tmp_path, monkeypatch, field):
       claim(value)
 
 
+def test_paths_lead_to_the_same_place_from_other_folders(
+  root, tmp_path, monkeypatch
+):
+  home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+  for folder in (home / "models", elsewhere):
+    folder.mkdir(parents=True)
+  monkeypatch.setenv("HOME", str(home))
+  monkeypatch.setattr(run, "audit_data", lambda config, _: seen.append(config))
+  seen = []
+  config = _config(root, "data0")
+  config.data.root, config.proposals.store = "mine", "memory://proposals"
+  config.backbone.pretrained = "~/models/weights.safetensors"
+  config.backbone.width, config.backbone.norm = 1.0, "frozen"
+  monkeypatch.chdir(home)
+  run.run(config, tmp_path / "run", mode="audit")
+  assert seen[0].data.root == str(home / "mine")
+  assert seen[0].proposals.store == "memory://proposals"
+  assert config.data.root == "mine"  # the caller's stays
+  monkeypatch.setattr(run, "_is_trained", lambda workdir: True)
+  monkeypatch.chdir(elsewhere)
+  config.data.root = ""
+  config.backbone.pretrained = str(home / "models/weights.safetensors")
+  run.run(config, tmp_path / "run", mode="audit")
+  assert seen[1].data.root == str(home / "mine")
+  config.data.root = "mine"
+  with pytest.raises(InputError, match=r"data\.root"):
+    run.run(config, tmp_path / "run", mode="audit")
+
+
+def test_names_of_weights_are_no_paths(root, tmp_path, monkeypatch):
+  monkeypatch.setattr(run, "audit_data", lambda config, _: seen.append(config))
+  seen = []
+  config = _config(root, "data0")
+  config.backbone.name, config.backbone.pretrained = (
+    "efficientnet_lite0",
+    "imagenet",
+  )
+  config.backbone.stride, config.backbone.outputs = 16, ("head",)
+  run.run(config, tmp_path, mode="audit")
+  assert seen[0].backbone.pretrained == "imagenet"
+
+
 def test_urls_are_compared_as_they_are(root, tmp_path, monkeypatch):
   config = _config(root, "data0")
   config.data.root = "gs://bucket/mine"  # and nothing is asked of it

@@ -45,7 +45,7 @@ def data_path(name: PathOrUrl) -> AnyPath:
   """The path of a file or folder that the user names.
 
   Args:
-    name: a local path, or a URL; file:// is local.
+    name: a local path, or a URL; file:// is local, and ~ the home folder.
 
   Raises:
     InputError: fsspec does not know the kind of URL, or needs another package
@@ -56,7 +56,7 @@ def data_path(name: PathOrUrl) -> AnyPath:
   text = os.fspath(name)
   protocol, mark, rest = text.partition("://")
   if not mark:
-    return pathlib.Path(text)
+    return pathlib.Path(os.path.expanduser(text))
   if protocol in ("file", "local"):
     return pathlib.Path(rest)
   try:
@@ -76,6 +76,14 @@ def data_path(name: PathOrUrl) -> AnyPath:
 def is_local(path: AnyPath) -> bool:
   """Whether a path of `data_path` is on this machine."""
   return isinstance(path, pathlib.Path)
+
+
+def absolute_path(path: PathOrUrl) -> str:
+  """A path that does not depend on the current folder; a URL stays as it is."""
+  text = str(path)
+  if "://" in text:
+    return text
+  return os.path.abspath(os.path.expanduser(text))
 
 
 def full_path(path: PathOrUrl) -> str:

@@ -77,7 +77,7 @@ class ProposalStore:
     if image_id not in self._places:
       raise InputError(
         f"proposal store {self.path}: no proposals for image {image_id!r}"
-        " (quarantine.txt there lists undecodable images); propose again."
+        " (quarantine-*.txt there tells of images without any); propose again."
       )
     shard, index = self._places[image_id]
     try:

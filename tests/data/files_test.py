@@ -24,6 +24,7 @@ def put(path, data=b"data"):
 def test_paths_and_urls(tmp_path):
   assert files.data_path("a/b") == pathlib.Path("a/b")
   assert files.data_path(tmp_path) == tmp_path
+  assert files.data_path("~/a") == pathlib.Path.home() / "a"
   assert files.data_path(f"file://{tmp_path}/x") == tmp_path / "x"
   url = files.data_path("memory://bucket/a")
   assert not files.is_local(url)
