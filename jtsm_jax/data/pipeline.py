@@ -218,7 +218,7 @@ def make_batch(
   Returns:
     The batch as described in `types.Batch`. Padded proposals belong to no
     superpixel and have the box (0, 0, 1, 1), which those have, too, of which
-    the window shows nothing.
+    no pixel is on the canvas.
 
   Raises:
     InputError: proposals do not fit the image or S.
@@ -269,6 +269,11 @@ def make_batch(
     batch.boxes[b, : len(boxes)] = scale_boxes(
       boxes, superpixels.shape, (h, w), flip=plan.flips[b]
     )
+    # A superpixel of few pixels can be lost on a smaller canvas.
+    shown = np.zeros(num_superpixels, bool)
+    shown[np.unique(batch.superpixels[b, :h, :w])] = True
+    if not shown.all():
+      left &= proposals.membership[:, shown].any(1)
     batch.boxes[b, : len(boxes)][~left] = 0, 0, 1, 1
     batch.valid[b, : len(boxes)] = left
   return batch

@@ -18,7 +18,7 @@ import numpy as np
 from jtsm_jax.types import Categories, InputError
 
 NEVER = 2.0
-"""The threshold of a class that no training image shows: no y reaches it."""
+"""The threshold of a class that no training image shows: never present."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from jtsm_jax.data.prepared import RecordSource
 from jtsm_jax.data.run_lengths import encode_mask
 from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.evaluation.class_calibration import (
+  NEVER,
   ClassCalibration,
   calibrate_classes,
 )
@@ -229,6 +230,7 @@ def _find(
   present = shown.copy()
   # Every image shows something: what comes nearest to its threshold.
   nearest = image_scores / np.maximum(calibration.tag_threshold, 1e-12)
+  nearest[calibration.tag_threshold >= NEVER] = -1
   present[nearest.argmax()] = True
   # Before scores end at 1 together.
   best = _best(scores[:, :num_things], proposals)

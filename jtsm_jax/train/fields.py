@@ -129,6 +129,9 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
     "train.checkpoint_every",
     "train.calibration_images",
     "evaluation.batch_size",
+    "losses.instances_per_image",
+    "reestimation.iterations",
+    "reestimation.longest_side",
   ):
     value = operator.attrgetter(field)(config)
     if value < 1:

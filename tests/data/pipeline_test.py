@@ -311,6 +311,36 @@ def test_crops_show_parts_of_the_same_images(source):
   assert some_cut
 
 
+def test_a_proposal_that_a_small_canvas_loses_is_not_valid(source):
+  """Of 8 columns every other one is left: a segment in between is not."""
+  superpixels = np.zeros((6, 8), np.int32)
+  superpixels[:, 4] = 1
+  proposals = Proposals(
+    superpixels,
+    pack_members(np.array([[True, False], [False, True], [True, True]])),
+    np.array([[0, 0, 6, 8], [0, 4, 6, 5], [0, 0, 6, 8]]),
+    np.zeros(3, np.float32),
+  )
+  plan = sampling.BatchPlan(
+    indices=np.array([0, 0]),
+    canvas=(3, 4),
+    flips=np.array([False, False]),
+    windows=np.array([[0, 0, 6, 8]] * 2),
+    colours=None,
+  )
+  batch = pipeline.make_batch(
+    plan,
+    source,
+    lambda image_id, size: proposals,
+    max_proposals=4,
+    max_superpixels=5,
+    load_images=False,
+  )
+  assert not (batch.superpixels == 1).any()
+  assert batch.valid[0].tolist() == [True, False, True, False]
+  np.testing.assert_array_equal(batch.boxes[0, 1], [0, 0, 1, 1])
+
+
 @pytest.mark.parametrize("crop", [0, -1, 1.01])
 def test_impossible_crop(source, crop):
   with pytest.raises(ValueError, match=r"crop is .*\(0, 1\]"):

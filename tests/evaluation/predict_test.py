@@ -11,7 +11,7 @@ from PIL import Image
 from jtsm_jax.data import pipeline, sampling
 from jtsm_jax.data.run_lengths import read_runs
 from jtsm_jax.evaluation import predict as predict_lib
-from jtsm_jax.evaluation.class_calibration import ClassCalibration
+from jtsm_jax.evaluation.class_calibration import NEVER, ClassCalibration
 from jtsm_jax.evaluation.fusion import FusionSettings
 from jtsm_jax.evaluation.inference import make_steps, superpixel_votes
 from jtsm_jax.evaluation.predict import PredictionSettings
@@ -291,8 +291,8 @@ def test_what_is_shown_has_a_segment(toy):
 def test_what_is_nearest_to_its_threshold_is_present_but_not_raised(toy):
   # No class reaches its threshold; class 1 has the smaller y, and the nearer.
   image = np.stack([p.image_scores for p in _predict(toy)])
-  threshold = np.full(tiny.K, 1e3, np.float32)
-  threshold[1] = 2 * image[:, 1].max()
+  threshold = np.full(tiny.K, 1.9, np.float32)
+  threshold[1] = 1.01 * image[:, 1].max()
   assert (image.argmax(1) != 1).any()
   calibration = ClassCalibration(threshold, np.full(tiny.K, 1e3, np.float32))
   settings = dataclasses.replace(SETTINGS, show_present=True)
@@ -301,6 +301,19 @@ def test_what_is_nearest_to_its_threshold_is_present_but_not_raised(toy):
     assert prediction.scores[:, 1].all()
     assert not np.delete(prediction.scores, 1, axis=1).any()
     assert not any(s.is_thing for s in prediction.panoptic.segments)
+
+
+def test_a_class_that_no_image_was_tagged_with_is_never_present(toy):
+  image = np.stack([p.image_scores for p in _predict(toy)])
+  highest = image.argmax(1)[0]
+  threshold = np.full(tiny.K, 1.9, np.float32)
+  threshold[highest] = NEVER
+  calibration = ClassCalibration(threshold, np.ones(tiny.K, np.float32))
+  found = next(iter(_predict(toy, calibration=calibration)))
+  others = np.delete(image[0], highest)
+  assert image[0, highest] / NEVER > others.max() / 1.9
+  assert not found.scores[:, highest].any()
+  assert found.scores.any()
 
 
 def test_the_best_of_each_thing_needs_no_score_that_suffices(toy):

@@ -39,6 +39,9 @@ from jtsm_jax.types import InputError
         "train.checkpoint_every",
         "train.calibration_images",
         "evaluation.batch_size",
+        "losses.instances_per_image",
+        "reestimation.iterations",
+        "reestimation.longest_side",
       )
     ],
     ("train.evaluate_every", -1, "is -1; wanted a number of steps, or 0 for n"),
