@@ -18,6 +18,7 @@ import ml_collections
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jtsm_jax.data.pipeline import make_pipeline
@@ -331,13 +332,16 @@ def _calibrated(setup: Setup, variables: Any) -> Any:
   center = projection or anew("constants/")
   if "constants" not in setup.abstract or not center:
     return variables
-  return calibrate(
+  variables = calibrate(
     setup.model,
     jax.device_put(variables),  # once, not with every batch
     _calibration_batches(setup),
     seed=setup.config.seed,
     projection=projection,
   )
+  # Hosts of other kinds round otherwise, and axes of like weight turn freely.
+  constants = multihost_utils.broadcast_one_to_all(variables["constants"])
+  return {**variables, "constants": constants}
 
 
 def _calibration_batches(setup: Setup) -> list[Batch]:

@@ -57,6 +57,20 @@ def other(made, tmp_path_factory):
   return folder, paths(state.variables)
 
 
+def test_all_hosts_begin_with_the_constants_of_the_first(made, monkeypatch):
+  def of_the_first(tree):
+    return jax.tree.map(lambda x: np.full_like(x, 0.25), tree)
+
+  monkeypatch.setattr(
+    setup.multihost_utils, "broadcast_one_to_all", of_the_first
+  )
+  first = made()
+  found = paths(setup.begin(first, first_variables(first), 0).variables)
+  constants = {k: v for k, v in found.items() if k.startswith("constants/")}
+  assert constants
+  assert all((np.asarray(v) == 0.25).all() for v in constants.values())
+
+
 CENTER = ("constants/proposal_features/",)
 PROJECTION = ("constants/extractor/",)
 
