@@ -19,7 +19,7 @@ class Neck(nn.Module):
   """Fully connected layers with ReLU and dropout; none with `widths = ()`.
 
   Attributes:
-    widths: units of each layer; the paper has (4096, 4096).
+    widths: units of each layer; the authors have (4096, 4096).
     dropout: rate after each layer.
     input_dropout: rate on the pooled features themselves.
     share_input_dropout: all proposals of an image lose the same features, which

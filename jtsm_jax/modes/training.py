@@ -25,6 +25,7 @@ from jtsm_jax.modes.evaluation import (
   prediction_sheet,
   predictions,
 )
+from jtsm_jax.modes.trained import result_settings
 from jtsm_jax.proposals import store as stores
 from jtsm_jax.reporting import stages
 from jtsm_jax.reporting.visualize import write_image
@@ -82,7 +83,15 @@ def run_training(
   evaluates = {}
   if has_truth(data):
     task = measured_task(data.splits["val"], config.task)
-    evaluates = {"evaluate": evaluate_variables, "measure": MAIN_MEASURE[task]}
+    measured_by = {
+      "measure": MAIN_MEASURE[task],
+      "images": data.splits["val"].fingerprint,
+      "voc_metric": config.evaluation.voc_metric,
+    }
+    evaluates = {
+      "evaluate": evaluate_variables,
+      "measured_by": measured_by | result_settings(config),
+    }
   is_first = jax.process_index() == 0
   with Stopping() as stopping:
     train(

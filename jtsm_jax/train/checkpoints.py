@@ -63,6 +63,7 @@ def save(
   config: Mapping[str, Any],
   data: Mapping[str, Any],
   score: float | None = None,
+  measured_by: Mapping[str, Any] | None = None,
 ) -> None:
   """Saves in the background; the write is atomic. See `check_saved`.
 
@@ -73,6 +74,7 @@ def save(
     config: the settings of the run, for JSON.
     data: what it has learned from, see `origin.describe`.
     score: of this state, where it was evaluated; see `best_score`.
+    measured_by: what the score depends on beside the state, for JSON.
 
   Raises:
     InputError: the disk fails, now or with the checkpoint before.
@@ -84,7 +86,9 @@ def save(
     "data": ocp.args.JsonSave(dict(data)),
   }
   if score is not None:
-    items["score"] = ocp.args.JsonSave({"score": score})
+    items["score"] = ocp.args.JsonSave(
+      {"score": score, "measured_by": dict(measured_by or {})}
+    )
   with _disk_faults(manager.directory):
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((state, in_flight)))
     free = shutil.disk_usage(manager.directory).free
@@ -109,13 +113,20 @@ def check_saved(manager: ocp.CheckpointManager, *, wait: bool = False) -> None:
       manager.wait_until_finished()
 
 
-def best_score(manager: ocp.CheckpointManager) -> float:
-  """The score of the newest checkpoint; -inf where there is none."""
+def best_score(
+  manager: ocp.CheckpointManager, measured_by: Mapping[str, Any]
+) -> float:
+  """The score of the newest checkpoint, which a better one has to exceed.
+
+  It is -inf where there is none, and where it was measured by something else:
+  mAP of other masks, or with other settings, says nothing about a PQ.
+  """
   step = manager.latest_step()
   if step is None:
     return -np.inf
   args = ocp.args.Composite(score=ocp.args.JsonRestore())
-  return manager.restore(step, args=args)["score"]["score"]
+  found = manager.restore(step, args=args)["score"]
+  return found["score"] if found["measured_by"] == measured_by else -np.inf
 
 
 def steps_in(directory: pathlib.Path) -> list[int]:

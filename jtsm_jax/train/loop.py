@@ -6,7 +6,7 @@ import collections
 import contextlib
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -47,7 +47,7 @@ def train(
   store: ProposalStore,
   stopping: Stopping,
   evaluate: Evaluate | None = None,
-  measure: str = "",
+  measured_by: Mapping[str, Any] | None = None,
   show_mined: ShowMined | None = None,
   profile: tuple[int, int] | None = None,
 ) -> None:
@@ -66,7 +66,8 @@ def train(
       last one included where it is a multiple, by the first process, with
       variables; returns metrics, whose first one decides the best checkpoint,
       and pictures.
-    measure: the name of that first one.
+    measured_by: {"measure": the name of that first one} and whatever else
+      decides its value, for JSON; values of other kinds are not compared.
     show_mined: called every `config.train.images_every` steps (0: never) and in
       the last one, with a batch, its mined segments and, with branches, the
       futures of their masks; returns pictures.
@@ -188,6 +189,7 @@ def train(
         config=settings,
         data=learned_from,
         score=score,
+        measured_by=measured_by,
       )
 
     # Input, and what the run before has mined without learning from it.
@@ -203,7 +205,7 @@ def train(
 
     # What is told on the way.
     if not first_step:
-      measures = [f"val/{measure}"] if evaluate else []
+      measures = [f"val/{measured_by['measure']}"] if evaluate else []
       writer.describe(
         flatten_dict(settings, sep="."), measures=["loss/total", *measures]
       )
@@ -231,7 +233,7 @@ def train(
       if is_evaluated(step) and step != evaluated:
         with stopping.at_once(), meter.paused():
           values, pictures, score = _evaluate(evaluate, state)
-          if score > checkpoints.best_score(best):
+          if score > checkpoints.best_score(best, measured_by):
             save(best, score=score)
             checkpoints.check_saved(best, wait=True)
           if writes:

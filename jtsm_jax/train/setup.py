@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
-from jax.experimental import multihost_utils
+from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh
 
 from jtsm_jax.data.pipeline import make_pipeline
@@ -340,7 +340,7 @@ def _calibrated(setup: Setup, variables: Any) -> Any:
     projection=projection,
   )
   # Hosts of other kinds round otherwise, and axes of like weight turn freely.
-  constants = multihost_utils.broadcast_one_to_all(variables["constants"])
+  constants = broadcast_one_to_all(variables["constants"])
   return {**variables, "constants": constants}
 
 

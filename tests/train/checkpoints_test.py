@@ -40,7 +40,7 @@ def _mined(seed, *, slots=3):
   return tiny.make_mined(rng.integers(0, 5, (2, slots)), rng.random((2, slots)))
 
 
-def _save(manager, step, *, in_flight=(), score=None):
+def _save(manager, step, *, in_flight=(), score=None, measured_by=None):
   checkpoints.save(
     manager,
     _state(step),
@@ -48,6 +48,7 @@ def _save(manager, step, *, in_flight=(), score=None):
     config={"seed": 3},
     data={},
     score=score,
+    measured_by=measured_by,
   )
   manager.wait_until_finished()
 
@@ -157,14 +158,17 @@ def test_the_last_two_are_kept(tmp_path):
 
 
 def test_the_best_score_is_on_disk(tmp_path):
+  pq = {"measure": "pq", "evaluation": {"canvases": [[8, 8]]}}
   with checkpoints.open_checkpoints(tmp_path, keep_last=1) as manager:
-    assert checkpoints.best_score(manager) == -np.inf
-    _save(manager, 2, score=0.25)
+    assert checkpoints.best_score(manager, pq) == -np.inf
+    _save(manager, 2, score=0.25, measured_by=pq)
   with checkpoints.open_checkpoints(tmp_path, keep_last=1) as manager:
-    assert checkpoints.best_score(manager) == 0.25
-    _save(manager, 4, score=0.5)
+    assert checkpoints.best_score(manager, pq) == 0.25
+    _save(manager, 4, score=0.5, measured_by=pq)
     assert manager.all_steps() == [4]
-    assert checkpoints.best_score(manager) == 0.5
+    assert checkpoints.best_score(manager, pq) == 0.5
+    # What was measured otherwise is not compared.
+    assert checkpoints.best_score(manager, {"measure": "map"}) == -np.inf
 
 
 def test_unfinished_write_is_not_a_checkpoint(tmp_path):

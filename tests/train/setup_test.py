@@ -61,9 +61,7 @@ def test_all_hosts_begin_with_the_constants_of_the_first(made, monkeypatch):
   def of_the_first(tree):
     return jax.tree.map(lambda x: np.full_like(x, 0.25), tree)
 
-  monkeypatch.setattr(
-    setup.multihost_utils, "broadcast_one_to_all", of_the_first
-  )
+  monkeypatch.setattr(setup, "broadcast_one_to_all", of_the_first)
   first = made()
   found = paths(setup.begin(first, first_variables(first), 0).variables)
   constants = {k: v for k, v in found.items() if k.startswith("constants/")}
