@@ -36,8 +36,8 @@ def moi_pool(
   Each box is divided into oh x ow bins as in RoIPool; a bin takes the maximum
   of its cells that are available, per channel, or 0 if none is. The gradient
   goes to the cell of the maximum (the first in row order if several are equal);
-  masks, boxes and psi carry none. A cell of -inf counts as not available for the
-  maximum, psi goes by the mask; an available NaN is the maximum of its bins.
+  masks, boxes and psi carry none. For the maximum a cell of -inf counts as not
+  available, psi goes by the mask; an available NaN is the maximum of its bins.
   The result is multiplied by a compensation psi, so that a segment that fills
   few bins is not weaker than one that fills all:
 
