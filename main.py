@@ -81,8 +81,8 @@ _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
   False,
   "For --mode=train: this is one of several processes, on as many hosts. Finds"
-  " the others by itself on TPU pods and under Slurm and Open MPI; elsewhere"
-  " the next three flags tell (docs/pods.md).",
+  " the others by itself on TPU pods and under Slurm and Open MPI up to 4;"
+  " elsewhere the next three flags tell (docs/pods.md).",
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "HOST:PORT of the first process, for --distributed."
