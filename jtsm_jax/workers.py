@@ -7,6 +7,7 @@ import concurrent.futures.process
 import contextlib
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -83,7 +84,10 @@ def map_ahead(
 def start_processes(
   number: int,
 ) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
-  """A pool of processes of one thread each, which see the CPU alone."""
+  """A pool of processes of one thread each, which see the CPU alone.
+
+  They end with this process, also where it is killed.
+  """
   before = {name: os.environ.get(name) for name in ENVIRONMENT}
   os.environ.update(ENVIRONMENT)
   try:
@@ -112,3 +116,10 @@ def _start() -> None:
   import cv2
 
   cv2.setNumThreads(1)
+  threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+  # One that waits for jobs holds the queue open itself, and never sees its end.
+  multiprocessing.parent_process().join()
+  os._exit(1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 
 import cv2
 import pytest
@@ -61,3 +64,26 @@ def test_workers_have_one_thread_and_no_accelerator(monkeypatch):
 def test_a_killed_worker_is_reported():
   with pytest.raises(InputError, match=r"want of memory.*below 1"):
     list(workers.map_in_processes(die, [(0,)], 1))
+
+
+KILLED = """
+import os, signal
+from jtsm_jax import workers
+for _ in workers.map_in_processes(os.getpid, [()] * 9, 1):
+  os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_leave_when_their_parent_is_killed():
+  with subprocess.Popen(
+    [sys.executable, "-c", KILLED],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    start_new_session=True,
+  ) as parent:
+    try:
+      _, err = parent.communicate(timeout=50)  # until nobody can write there
+      assert parent.returncode == -signal.SIGKILL, err
+    finally:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(parent.pid, signal.SIGKILL)
