@@ -25,7 +25,11 @@ ENVIRONMENT = dict(  # one thread for each process; GPUs stay free
 
 
 def map_in_processes(
-  function: Callable[..., Any], jobs: Iterable[tuple], num_workers: int
+  function: Callable[..., Any],
+  jobs: Iterable[tuple],
+  num_workers: int,
+  *,
+  remedy: str = "take fewer workers",
 ) -> Iterator[Any]:
   """Yields `function(*job)` in the order of the jobs, which are taken lazily.
 
@@ -33,6 +37,7 @@ def map_in_processes(
     function: a function of a module, with arguments and result that pickle.
     jobs: its arguments.
     num_workers: processes; 0 works in this one.
+    remedy: what the error advises, such as "give --num_workers=8".
 
   Raises:
     InputError: a process was killed.
@@ -46,8 +51,8 @@ def map_in_processes(
       yield from map_ahead(pool, function, jobs, JOBS_AHEAD * num_workers)
     except concurrent.futures.process.BrokenProcessPool as error:
       raise InputError(
-        "a worker process was killed, most likely for want of memory; set the"
-        f" number of workers below {num_workers} and start again."
+        "a worker process was killed, most likely for want of memory;"
+        f" {remedy} and start again"
       ) from error
     finally:
       pool.shutdown(wait=True, cancel_futures=True)

@@ -62,8 +62,8 @@ def test_workers_have_one_thread_and_no_accelerator(monkeypatch):
 
 
 def test_a_killed_worker_is_reported():
-  with pytest.raises(InputError, match=r"want of memory.*below 1"):
-    list(workers.map_in_processes(die, [(0,)], 1))
+  with pytest.raises(InputError, match=r"want of memory; give less and start"):
+    list(workers.map_in_processes(die, [(0,)], 1, remedy="give less"))
 
 
 KILLED = """
