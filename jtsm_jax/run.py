@@ -122,6 +122,7 @@ def run(
 
   Raises:
     InputError: a path, a file or a field of the configuration is at fault.
+    OSError: the disk is full, or a folder cannot be written.
   """
   needs_weights = ("evaluate", "predict", "report", "export")
   if mode in needs_weights and not _is_trained(workdir):
