@@ -100,7 +100,7 @@ def start_processes(
       number,
       # Forking after jax can deadlock.
       mp_context=multiprocessing.get_context("spawn"),
-      initializer=_start,
+      initializer=start_worker,
     )
   finally:
     for name, value in before.items():
@@ -117,14 +117,15 @@ def available_cores() -> int:
   return os.cpu_count() or 1
 
 
-def _start() -> None:
+def start_worker() -> None:
+  """Gives a worker process one thread of OpenCV, and the end of its parent."""
   import cv2
 
   cv2.setNumThreads(1)
-  threading.Thread(target=_leave_with_parent, daemon=True).start()
+  threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _leave_with_parent() -> None:
+def _end_with_parent() -> None:
   # One that waits for jobs holds the queue open itself, and never sees its end.
   multiprocessing.parent_process().join()
   os._exit(1)

@@ -66,23 +66,35 @@ def test_a_killed_worker_is_reported():
     list(workers.map_in_processes(die, [(0,)], 1, remedy="give less"))
 
 
-KILLED = """
+OWN = """
 import os, signal
 from jtsm_jax import workers
 for _ in workers.map_in_processes(os.getpid, [()] * 9, 1):
   os.kill(os.getpid(), signal.SIGKILL)
 """
+LOADERS = """
+import os, signal
+import grain
+from absl import flags
+from jtsm_jax.data import pipeline
+flags.FLAGS.mark_as_parsed()
+steps = grain.MapDataset.range(9).to_iter_dataset().mp_prefetch(
+  grain.MultiprocessingOptions(1), worker_init_fn=pipeline._start_worker)
+for _ in steps:
+  os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
-def test_workers_leave_when_their_parent_is_killed():
+@pytest.mark.parametrize("program", [OWN, LOADERS])
+def test_workers_end_when_their_parent_is_killed(program):
   with subprocess.Popen(
-    [sys.executable, "-c", KILLED],
+    [sys.executable, "-c", program],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     start_new_session=True,
   ) as parent:
     try:
-      _, err = parent.communicate(timeout=50)  # until nobody can write there
+      _, err = parent.communicate(timeout=100)  # until nobody can write there
       assert parent.returncode == -signal.SIGKILL, err
     finally:
       with contextlib.suppress(ProcessLookupError):
