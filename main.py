@@ -9,6 +9,8 @@ Without --mode, everything that is missing is done: prepare, propose, train,
 evaluate. A run that was stopped goes on where it was.
 """
 
+import contextlib
+import errno
 import multiprocessing
 import os
 import pathlib
@@ -81,8 +83,8 @@ _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
   False,
   "For --mode=train: this is one of several processes, on as many hosts. Finds"
-  " the others by itself on TPU pods and under Slurm and Open MPI; elsewhere"
-  " the next three flags tell (docs/pods.md).",
+  " the others by itself on TPU pods and under Slurm and Open MPI up to 4;"
+  " elsewhere the next three flags tell (docs/pods.md).",
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "HOST:PORT of the first process, for --distributed."
@@ -94,6 +96,15 @@ _PROCESS_ID = flags.DEFINE_integer(
   "process_id", None, "Number of this process, from 0, for --distributed."
 )
 
+_DISK_FAULTS = (  # other errors of the system are bugs
+  errno.EACCES,
+  errno.EDQUOT,
+  errno.EFBIG,
+  errno.EIO,
+  errno.ENOSPC,
+  errno.EPERM,
+  errno.EROFS,
+)
 _AGAIN = 3  # seconds after which a SIGTERM that was not heeded is raised again
 
 
@@ -170,6 +181,15 @@ def main(argv: list[str]) -> None:
   except InputError as error:
     _tell(str(error))
     _exit_at_once(2)
+  except OSError as error:
+    if error.errno not in _DISK_FAULTS:
+      raise
+    place = error.filename or f"--workdir={_WORKDIR.value}"
+    _tell(
+      f"{place}: {error.strerror}; free some space, see to the rights, or give"
+      " another folder. The same command goes on from what is there"
+    )
+    _exit_at_once(2)
   except FloatingPointError as error:
     _tell(str(error))
     _exit_at_once(1)
@@ -187,8 +207,9 @@ def _exit_at_once(code: int) -> NoReturn:
   """
   if _DISTRIBUTED.value:
     sys.exit(code)  # tells the other processes
-  sys.stdout.flush()
-  sys.stderr.flush()
+  with contextlib.suppress(OSError):  # a log file on a full disk
+    sys.stdout.flush()
+    sys.stderr.flush()
   for worker in multiprocessing.active_children():
     worker.terminate()
   os._exit(code)

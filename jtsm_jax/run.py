@@ -44,7 +44,7 @@ from jtsm_jax.modes.proposals import (
 from jtsm_jax.modes.report import run_report
 from jtsm_jax.modes.training import run_training
 from jtsm_jax.proposals import store as stores
-from jtsm_jax.train import checkpoints, fields
+from jtsm_jax.train import checkpoints, fields, setup
 from jtsm_jax.train.claim import alone_in
 from jtsm_jax.types import InputError
 
@@ -133,6 +133,7 @@ def run(
 
   Raises:
     InputError: a path, a file or a field of the configuration is at fault.
+    OSError: the disk is full, or a folder cannot be written.
   """
   needs_weights = ("evaluate", "predict", "report", "export")
   if mode in needs_weights and not _is_trained(workdir):
@@ -188,7 +189,7 @@ def run(
   if mode in ("all", "train"):
     _train(config, workdir, data, store, profile=profile)
   if mode == "evaluate":
-    _print_devices()
+    _print_devices(1)
   if mode in ("all", "evaluate"):
     run_evaluation(config, workdir, data, store, logs=mode == "all")
   if mode == "report":
@@ -287,7 +288,10 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def _train(config, workdir, data, store, *, profile) -> None:
-  _print_devices()
+  used = setup.mesh_of(config).size
+  larger = setup.sizes_for_all_devices(config)
+  sizes = " and ".join(f"config.{field}={n}" for field, n in larger.items())
+  _print_devices(used, f"; {sizes} would use all" if sizes else "")
   is_first = jax.process_index() == 0  # the others share its claim
   with alone_in(workdir) if is_first else contextlib.nullcontext():
     # Again: another one may have begun to train in the meantime.
@@ -295,10 +299,11 @@ def _train(config, workdir, data, store, *, profile) -> None:
     run_training(config, workdir, data, store, profile=profile)
 
 
-def _print_devices() -> None:
+def _print_devices(used: int, remedy: str = "") -> None:
   """On what it computes: a missing driver is easily overlooked."""
   count, kind = jax.device_count(), jax.devices()[0].device_kind
-  print(f"devices: {count} x {kind} ({jax.default_backend()})")
+  share = f"{used} of {count}" if used < count else count
+  print(f"devices: {share} x {kind} ({jax.default_backend()}){remedy}")
 
 
 def _keep_compiled_programs() -> None:

@@ -7,6 +7,7 @@ import concurrent.futures.process
 import contextlib
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -24,7 +25,11 @@ ENVIRONMENT = dict(  # one thread for each process; GPUs stay free
 
 
 def map_in_processes(
-  function: Callable[..., Any], jobs: Iterable[tuple], num_workers: int
+  function: Callable[..., Any],
+  jobs: Iterable[tuple],
+  num_workers: int,
+  *,
+  remedy: str = "take fewer workers",
 ) -> Iterator[Any]:
   """Yields `function(*job)` in the order of the jobs, which are taken lazily.
 
@@ -32,6 +37,7 @@ def map_in_processes(
     function: a function of a module, with arguments and result that pickle.
     jobs: its arguments.
     num_workers: processes; 0 works in this one.
+    remedy: what the error advises, such as "give --num_workers=8".
 
   Raises:
     InputError: a process was killed.
@@ -45,8 +51,8 @@ def map_in_processes(
       yield from map_ahead(pool, function, jobs, JOBS_AHEAD * num_workers)
     except concurrent.futures.process.BrokenProcessPool as error:
       raise InputError(
-        "a worker process was killed, most likely for want of memory; set the"
-        f" number of workers below {num_workers} and start again."
+        "a worker process was killed, most likely for want of memory;"
+        f" {remedy} and start again"
       ) from error
     finally:
       pool.shutdown(wait=True, cancel_futures=True)
@@ -83,7 +89,10 @@ def map_ahead(
 def start_processes(
   number: int,
 ) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
-  """A pool of processes of one thread each, which see the CPU alone."""
+  """A pool of processes of one thread each, which see the CPU alone.
+
+  They end with this process, also where it is killed.
+  """
   before = {name: os.environ.get(name) for name in ENVIRONMENT}
   os.environ.update(ENVIRONMENT)
   try:
@@ -91,7 +100,7 @@ def start_processes(
       number,
       # Forking after jax can deadlock.
       mp_context=multiprocessing.get_context("spawn"),
-      initializer=_start,
+      initializer=start_worker,
     )
   finally:
     for name, value in before.items():
@@ -108,7 +117,15 @@ def available_cores() -> int:
   return os.cpu_count() or 1
 
 
-def _start() -> None:
+def start_worker() -> None:
+  """Gives a worker process one thread of OpenCV, and the end of its parent."""
   import cv2
 
   cv2.setNumThreads(1)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  # One that waits for jobs holds the queue open itself, and never sees its end.
+  multiprocessing.parent_process().join()
+  os._exit(1)

@@ -370,6 +370,62 @@ def test_the_devices_are_told_once(root, tmp_path, monkeypatch, capsys):
   assert "devices" not in capsys.readouterr().out
 
 
+@dataclasses.dataclass(frozen=True)
+class _Gpu:
+  """What a mesh looks at."""
+
+  id: int
+  process_index: int = 0
+  device_kind: str = "H100"
+  platform: str = "gpu"
+
+
+@pytest.mark.parametrize(
+  ("fields", "told"),
+  [
+    ({"train.batch_size": 8}, "8 x H100 (cpu)"),
+    (
+      {"train.batch_size": 4},
+      "4 of 8 x H100 (cpu); config.train.batch_size=8 would use all",
+    ),
+    (
+      {"train.batch_size": 12, "train.accumulation": 2},
+      "6 of 8 x H100 (cpu); config.train.batch_size=16 would use all",
+    ),
+    (
+      {"train.batch_size": 2, "train.model_parallel": 2},
+      "4 of 8 x H100 (cpu); config.train.batch_size=4 would use all",
+    ),
+    (
+      {"train.batch_size": 8, "warm_up.batch_size": 12, "warm_up.steps": 1},
+      "4 of 8 x H100 (cpu); config.warm_up.batch_size=16 would use all",
+    ),
+    (
+      {"train.batch_size": 3, "warm_up.batch_size": 6, "warm_up.steps": 1},
+      "3 of 8 x H100 (cpu); config.train.batch_size=8 and"
+      " config.warm_up.batch_size=8 would use all",
+    ),
+  ],
+)
+def test_devices_that_are_idle_are_told(
+  root, tmp_path, monkeypatch, capsys, fields, told
+):
+  gpus = [_Gpu(n) for n in range(8)]
+  monkeypatch.setattr(jax, "devices", lambda: gpus)
+  monkeypatch.setattr(jax, "device_count", lambda: len(gpus))
+  for name in ("run_training", "run_evaluation"):
+    monkeypatch.setattr(run, name, lambda *args, **kwargs: None)
+  config = _config(root, "data0")
+  config.update_from_flattened_dict({"warm_up.steps": 0} | fields)
+  run.run(config, tmp_path, mode="train")
+  assert f"devices: {told}" in capsys.readouterr().out.splitlines()
+  config.update_from_flattened_dict(setup.sizes_for_all_devices(config))
+  assert setup.mesh_of(config).size == 8
+  monkeypatch.setattr(run, "_is_trained", lambda workdir: True)
+  run.run(config, tmp_path / "trained", mode="evaluate")
+  assert "devices: 1 of 8 x H100 (cpu)" in capsys.readouterr().out.splitlines()
+
+
 def test_a_first_checkpoint_that_was_not_finished_binds_nothing(root, tmp_path):
   config = _config(root, "data0")
   run.claim_workdir(tmp_path, config)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 
 import cv2
 import pytest
@@ -59,5 +62,40 @@ def test_workers_have_one_thread_and_no_accelerator(monkeypatch):
 
 
 def test_a_killed_worker_is_reported():
-  with pytest.raises(InputError, match=r"want of memory.*below 1"):
-    list(workers.map_in_processes(die, [(0,)], 1))
+  with pytest.raises(InputError, match=r"want of memory; give less and start"):
+    list(workers.map_in_processes(die, [(0,)], 1, remedy="give less"))
+
+
+OWN = """
+import os, signal
+from jtsm_jax import workers
+for _ in workers.map_in_processes(os.getpid, [()] * 9, 1):
+  os.kill(os.getpid(), signal.SIGKILL)
+"""
+LOADERS = """
+import os, signal
+import grain
+from absl import flags
+from jtsm_jax.data import pipeline
+flags.FLAGS.mark_as_parsed()
+steps = grain.MapDataset.range(9).to_iter_dataset().mp_prefetch(
+  grain.MultiprocessingOptions(1), worker_init_fn=pipeline._start_worker)
+for _ in steps:
+  os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("program", [OWN, LOADERS])
+def test_workers_end_when_their_parent_is_killed(program):
+  with subprocess.Popen(
+    [sys.executable, "-c", program],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    start_new_session=True,
+  ) as parent:
+    try:
+      _, err = parent.communicate(timeout=100)  # until nobody can write there
+      assert parent.returncode == -signal.SIGKILL, err
+    finally:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(parent.pid, signal.SIGKILL)

@@ -343,6 +343,7 @@ def written_whole(path: AnyPath) -> Iterator[pathlib.Path]:
 
   Raises:
     InputError: the upload failed.
+    OSError: the disk fails; names `path` if it names nothing else.
   """
   if not is_local(path):
     with tempfile.TemporaryDirectory() as folder:
@@ -357,8 +358,10 @@ def written_whole(path: AnyPath) -> Iterator[pathlib.Path]:
     with draft.open("rb") as file:
       os.fsync(file.fileno())
     draft.replace(path)
-  except BaseException:
+  except BaseException as error:
     draft.unlink(missing_ok=True)
+    if isinstance(error, OSError) and error.filename is None:
+      error.filename = str(path)
     raise
 
 

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-import cv2
 import grain
 import numpy as np
 
@@ -32,6 +31,7 @@ from jtsm_jax.types import (
   Proposals,
   pack_members,
 )
+from jtsm_jax.workers import start_worker
 
 MAX_SUPERPIXELS = np.iinfo(np.int16).max
 
@@ -372,7 +372,7 @@ def _local_slice(
 
 def _start_worker(index: int, count: int) -> None:
   del index, count
-  cv2.setNumThreads(1)
+  start_worker()
 
 
 def _options(num_threads: int, prefetch: int) -> grain.ReadOptions:

@@ -20,7 +20,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import pathlib
 import sys
 import tempfile
@@ -30,9 +29,9 @@ from typing import Any
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
 
 from jtsm_jax.console import progress
+from jtsm_jax.data.array_records import record_writer
 from jtsm_jax.data.files import (
   AnyPath,
   PathOrUrl,
@@ -45,7 +44,6 @@ from jtsm_jax.data.files import (
   remove,
   safe_name,
   write_file,
-  written_whole,
 )
 from jtsm_jax.data.json_files import read_json
 from jtsm_jax.data.panoptic_files import encode_ids
@@ -354,19 +352,13 @@ def _writer(
   serializer = tfds.core.example_serializer.ExampleSerializer(
     record.get_serialized_info()
   )
-  with written_whole(path) as draft:
-    writer = array_record_module.ArrayRecordWriter(
-      os.fspath(draft), "group_size:1"
-    )
+  with record_writer(path) as write_record:
 
     def write(example: dict[str, Any]) -> None:
       encoded = record.encode_example(example)
-      writer.write(serializer.serialize_example(encoded))
+      write_record(serializer.serialize_example(encoded))
 
-    try:
-      yield write
-    finally:
-      writer.close()
+    yield write
 
 
 def _examples(

@@ -147,7 +147,10 @@ def compare_files(
   )
   total = PanopticQuality(categories)
   for counts in workers.map_in_processes(
-    _count, jobs, num_workers if num_workers > 1 else 0
+    _count,
+    jobs,
+    num_workers if num_workers > 1 else 0,
+    remedy=f"give --num_workers={num_workers // 2}",
   ):
     total.merge(counts)
   return total

@@ -177,8 +177,11 @@ def fill_store(
         next_file += 1
         pending.clear()
 
+    fewer = f"--config.proposals.num_workers={num_workers // 2}"
+    smaller = "a smaller --config.proposals.max_side"
+    remedy = f"give {fewer if num_workers > 1 else smaller}"
     jobs = ((maker.make, *_read(maker.read, source[n])) for n in missing)
-    results = workers.map_in_processes(_make, jobs, num_workers)
+    results = workers.map_in_processes(_make, jobs, num_workers, remedy=remedy)
     bar = progress(description="propose", total=len(mine), unit="image")
     bar.update(kept)
     try:

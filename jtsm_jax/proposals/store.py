@@ -25,6 +25,7 @@ from typing import Any
 
 from array_record.python import array_record_module
 
+from jtsm_jax.data.array_records import record_writer
 from jtsm_jax.data.files import (
   AnyPath,
   PathOrUrl,
@@ -34,7 +35,6 @@ from jtsm_jax.data.files import (
   names_in,
   read_file,
   write_file,
-  written_whole,
 )
 from jtsm_jax.proposals import record_format
 from jtsm_jax.types import InputError, Proposals
@@ -152,15 +152,14 @@ def write_shard(path: AnyPath, images: list[tuple[str, bytes]]) -> None:
   Args:
     path: the final name.
     images: (image id, `encode_proposals`) of each.
+
+  Raises:
+    InputError: the disk is full, or fails otherwise.
   """
-  with written_whole(path) as draft:
-    writer = array_record_module.ArrayRecordWriter(
-      os.fspath(draft), "group_size:1"
-    )
+  with record_writer(path) as write:
     for _, encoded in images:
-      writer.write(encoded)
-    writer.write(json.dumps([image_id for image_id, _ in images]).encode())
-    writer.close()
+      write(encoded)
+    write(json.dumps([image_id for image_id, _ in images]).encode())
 
 
 def claim_store(path: AnyPath, made_with: dict[str, Any]) -> None:

@@ -157,14 +157,10 @@ def set_up(
     InputError: a field is at fault.
   """
   source, num_things = data.splits["train"], data.categories.num_things
-  c, warm_up_steps = config.train, config.warm_up.steps
+  warm_up_steps = config.warm_up.steps
   key = jax.random.key(config.seed)
   model = build.build_model(config, data.categories)
-  mesh = make_mesh(
-    c.batch_size // c.accumulation,
-    *([config.warm_up.batch_size] if warm_up_steps else []),
-    model=c.model_parallel,
-  )
+  mesh = mesh_of(config)
   batch = next(_batches(config, source, store, warm_up_steps, whole=True))
   example = jax.tree.map(lambda x: x[:1], batch)
   abstract = jax.eval_shape(model.init, key, example)
@@ -187,8 +183,32 @@ def set_up(
     optimizer=build.main_optimizer(config, abstract["params"]),
     warm_up_steps=warm_up_steps,
     branch_start=warm_up_steps + config.reestimation.start,
-    last_step=warm_up_steps + c.steps,
+    last_step=warm_up_steps + config.train.steps,
   )
+
+
+def mesh_of(config: ml_collections.ConfigDict) -> Mesh:
+  """Of the devices that share the batches of both phases; see `make_mesh`."""
+  c, warm_up = config.train, config.warm_up
+  return make_mesh(
+    c.batch_size // c.accumulation,
+    *([warm_up.batch_size] if warm_up.steps else []),
+    model=c.model_parallel,
+  )
+
+
+def sizes_for_all_devices(config: ml_collections.ConfigDict) -> dict[str, int]:
+  """The next larger batches that all devices share, by field; {} if they do."""
+  c, warm_up = config.train, config.warm_up
+  ways = jax.device_count() // c.model_parallel
+  units = {"train.batch_size": (c.batch_size, ways * c.accumulation)}
+  if warm_up.steps:
+    units["warm_up.batch_size"] = (warm_up.batch_size, ways)
+  return {
+    field: -(-size // unit) * unit
+    for field, (size, unit) in units.items()
+    if size % unit
+  }
 
 
 def batches_from(

@@ -13,6 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from jtsm_jax.data import files
 from jtsm_jax.types import InputError
+from tests.data.array_records_test import files_no_longer_than
 
 
 def put(path, data=b"data"):
@@ -153,6 +154,17 @@ def test_what_is_not_finished_is_not_there(folder):
     write()
   assert files.read_file(folder / "a.txt") == b"old"
   assert files.file_names(folder) == ["a.txt", "b.txt", "sub/c.txt"]
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
+  path = tmp_path / "folder" / "a.json"
+  with (
+    files_no_longer_than(100),
+    pytest.raises(OSError, match="too large") as raised,
+  ):
+    files.write_file(path, b"x" * 101)
+  assert raised.value.filename == str(path)
+  assert files.names_in(path.parent) == []
 
 
 def test_a_bucket_that_fails(bucket, monkeypatch):

@@ -25,6 +25,7 @@ from jtsm_jax.data.shapes import shapes_source
 from jtsm_jax.data.source import LazyRecords
 from jtsm_jax.data.verify import verify
 from jtsm_jax.types import InputError, Record
+from tests.data.array_records_test import files_no_longer_than
 from tests.data.small_set import TARGET, TRAIN, VAL, encode, source
 
 
@@ -262,6 +263,23 @@ def test_what_is_written_is_not_read_again(monkeypatch, tmp_path):
   assert read == [0, 1, 2, 3]
   prepare(source(), tmp_path / "whole")
   assert content(tmp_path / "data") == content(tmp_path / "whole")
+
+
+def test_a_full_disk_is_told_and_what_is_written_is_kept(monkeypatch, tmp_path):
+  monkeypatch.setattr(preparation, "PIECE", 1)
+  train = [*TRAIN, Record("large", encode(300, 300), 0, 0, (0,))]
+  directory = tmp_path / "data"
+  message = r"images/.* cannot be written .*File too large"
+  with (
+    files_no_longer_than(200_000),
+    pytest.raises(InputError, match=message),
+  ):
+    prepare(source(train=train), directory)
+  written = {n for n in file_names(directory) if n.startswith("images/")}
+  assert len(written) == len(TRAIN)
+  prepare(source(train=train), directory)
+  prepare(source(train=train), tmp_path / "whole")
+  assert content(directory) == content(tmp_path / "whole")
 
 
 def test_what_is_of_other_data_is_not_used(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import pickle
+from concurrent.futures.process import BrokenProcessPool
 
 import cv2
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from jtsm_jax import workers
 from jtsm_jax.data import files
 from jtsm_jax.proposals import fill_store as lib
 from jtsm_jax.proposals import generate, store
@@ -99,6 +103,32 @@ def test_worker_processes_give_the_same(tmp_path):
   found = store.open_store(tmp_path)
   for record in source:
     assert_equal(found.get(record.image_id), expected(record))
+
+
+class Killed(concurrent.futures.ThreadPoolExecutor):
+  """A pool whose processes the system has killed."""
+
+  def submit(self, *_):
+    raise BrokenProcessPool
+
+
+@pytest.mark.parametrize(
+  ("num_workers", "remedy"),
+  [
+    (16, "--config.proposals.num_workers=8"),
+    (2, "--config.proposals.num_workers=1"),
+    (1, "a smaller --config.proposals.max_side"),
+  ],
+)
+def test_what_helps_where_the_memory_is_too_small(
+  tmp_path, monkeypatch, num_workers, remedy
+):
+  def start(number):
+    return contextlib.nullcontext(Killed())
+
+  monkeypatch.setattr(workers, "start_processes", start)
+  with pytest.raises(InputError, match=f"want of memory; give {remedy} and"):
+    fill(make_source(), tmp_path, num_workers=num_workers)
 
 
 def test_one_bad_image_is_quarantined_and_tried_again(tmp_path):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 
 import pytest
 
 from jtsm_jax.proposals import generate, record_format, store
 from jtsm_jax.types import InputError
+from tests.data.array_records_test import files_no_longer_than
 from tests.proposals.fill_store_test import Images, expected, fill, make_source
 from tests.proposals.record_format_test import assert_equal, random_proposals
 
@@ -45,6 +47,15 @@ def test_corrupt_record_is_named(tmp_path):
   store.write_shard(shard, [("im-7", good)])
   with pytest.raises(InputError, match=r"belongs to image 'im-0'"):
     store.open_store(tmp_path).get("im-7")
+
+
+def test_a_full_disk_is_told(tmp_path):
+  path = tmp_path / "proposals-0000-00000.array_record"
+  message = f"{path}: cannot be written .*File too large"
+  content = random.Random(0).randbytes(99_000)
+  with files_no_longer_than(90_000), pytest.raises(InputError, match=message):
+    store.write_shard(path, [("im-0", content)])
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped"])
