@@ -42,7 +42,10 @@ def read_mat(
   """
   try:
     _check_mat(data, max_bytes)
-    return scipy.io.loadmat(io.BytesIO(data), variable_names=names)
+    # SciPy is changing what it makes of sparse matrices; here there are none.
+    return scipy.io.loadmat(
+      io.BytesIO(data), variable_names=names, spmatrix=False
+    )
   except Exception as error:  # SciPy and zlib raise whatever they meet.
     raise ValueError(str(error)) from error
 
