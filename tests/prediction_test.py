@@ -195,7 +195,14 @@ def test_proposals_from_elsewhere(predict, tmp_path, form):
   assert all(len(proposals) for proposals in found.values())
   if form == "json":
     p = found["sub_b_c"]
-    np.testing.assert_array_equal(p.membership[0][p.superpixels], mask)
+    np.testing.assert_array_equal(p.mask(0), mask)
+    # Those of one image are corrected: it is predicted again, with them.
+    assert not predict(where)
+    entries[-1] = entries_of([~mask], [1], names[-1])[0]
+    source.write_text(json.dumps(entries))
+    found = predict(where)
+    assert [*found] == ["sub_b_c"]
+    np.testing.assert_array_equal(found["sub_b_c"].mask(0), ~mask)
   # Another image needs some of its own.
   save(tmp_path / "photos" / "new.png")
   assert predict(where) == {"new": None}

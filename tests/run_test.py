@@ -1,6 +1,7 @@
 """Modes within this process; end_to_end_test.py runs the whole program."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jtsm_jax import run
+from jtsm_jax import modes, run
 from jtsm_jax.data import prepared
 from jtsm_jax.data.pipeline import inference_batches
 from jtsm_jax.data.prepare import prepare
@@ -20,6 +21,7 @@ from jtsm_jax.modes.data import data_settings
 from jtsm_jax.train import setup
 from jtsm_jax.types import Categories, InputError
 from tests.configs import tiny
+from tests.proposals.importers_test import entries_of, random_masks
 
 
 def _config(root: pathlib.Path, data: str) -> ml_collections.ConfigDict:
@@ -51,6 +53,36 @@ def test_data_sets_that_share_a_store_have_proposals_of_their_own(root):
   assert maps[0].shape == maps[1].shape
   assert not np.array_equal(maps[0], maps[1])
   np.testing.assert_array_equal(maps[0], maps[2])
+
+
+def test_proposals_from_elsewhere_that_have_changed(
+  root, tmp_path, monkeypatch
+):
+  here = functools.partial(modes.proposals.fill_store_of, num_workers=0)
+  monkeypatch.setattr(modes.proposals, "fill_store_of", here)
+  config = _config(root, "data0")
+  config.proposals.source = str(tmp_path / "sam.json")
+  config.proposals.store = ""
+  data = prepared.open_prepared(config.data.prepared)
+  masks = random_masks(3, (64, 64))
+
+  def propose(*chosen, **others):
+    entries = [
+      entry
+      for split in data.splits.values()
+      for image_id in (*split.image_ids, *others)
+      for entry in entries_of(masks[list(chosen)], [1.0], image_id)
+    ]
+    (tmp_path / "sam.json").write_text(json.dumps(entries))
+    store = run.propose(config, tmp_path, data)
+    proposals = store.get("train_00000")
+    np.testing.assert_array_equal(proposals.mask(0), masks[chosen[0]])
+    return store.path.name
+
+  first = propose(0)
+  assert propose(1) != first
+  assert propose(0) == first
+  assert propose(0, new=True) == first  # of an image that is to be predicted
 
 
 def test_workdir_is_bound_to_data_that_lie_elsewhere(root, tmp_path):
@@ -276,6 +308,16 @@ def test_a_finished_run_tells_that_it_learns_nothing(trained, root, capsys):
   assert "all 2 steps are done, with other training images" in said
   assert "nothing is learned from" in said
   assert said.endswith(f"another --workdir, with --init_from={workdir}")
+
+
+def test_a_finished_run_tells_that_its_proposals_are_others(
+  trained, tmp_path, monkeypatch, capsys
+):
+  shutil.copytree(trained[1], tmp_path / "run")
+  monkeypatch.setattr("jtsm_jax.proposals.generate.VERSION", "next")
+  run.run(trained[0], tmp_path / "run", mode="train")
+  said = capsys.readouterr().out.splitlines()[-1]
+  assert "with other training images, tags or proposals than before" in said
 
 
 def test_segments_of_images_before_are_not_those_of_new_ones(

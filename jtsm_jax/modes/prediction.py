@@ -74,13 +74,14 @@ def predict_images(
     if before not in (None, file_names[name]) and is_file(folder / before):
       name_of[folder / before] = name
   check_names(name_of)
-  maker = proposal_maker(config)
+  maker = proposal_maker(config, files)
   trained = load_trained(config, workdir, categories)
-  settings = result_settings(config) | {"proposals": maker.key}
+  settings = result_settings(config)
 
   def made_with(name: str, data: bytes) -> dict[str, Any]:
     image = {"file": file_names[name], "image": digest(data)}
-    return trained.key | image | {"settings": settings}
+    proposals = {"proposals": maker.key_of(name)}
+    return trained.key | image | {"settings": settings | proposals}
 
   todo = {}
   for name, path in progress(files.items(), "look", unit="image"):
@@ -96,7 +97,7 @@ def predict_images(
     for prediction in predict(
       steps_of(config, trained.model, trained.variables),
       source,
-      stores.open_store(path),
+      stores.ProposalStore(path),  # empty, where the only image has none
       calibration=trained.calibration,
       num_things=categories.num_things,
       settings=prediction_settings(config),

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ml_collections
@@ -72,7 +72,7 @@ def fill_proposals(
   Returns:
     Where the store is.
   """
-  maker = proposal_maker(config)
+  maker = proposal_maker(config, _image_ids(data))
   path = _store_path(config, workdir, data, maker)
   splits = tuple(splits or data.splits)
   if not beam:
@@ -104,9 +104,8 @@ def open_proposals(
   Raises:
     InputError: it is not there, or some images are missing.
   """
-  store = stores.open_store(
-    _store_path(config, workdir, data, proposal_maker(config))
-  )
+  maker = proposal_maker(config, _image_ids(data))
+  store = stores.open_store(_store_path(config, workdir, data, maker))
   for split, source in data.splits.items():
     missing = [name for name in source.image_ids if name not in store]
     if missing:
@@ -126,10 +125,15 @@ def _store_path(
   return root / data.fingerprint / maker.key
 
 
+def _image_ids(data: PreparedData) -> list[str]:
+  """Of all splits: one store is for them, whichever are filled at a time."""
+  return [name for split in data.splits.values() for name in split.image_ids]
+
+
 def _propose_shard(config, directory, path, splits, num_shards, shard) -> None:
   """Runs in a worker of a pipeline, which has many for each machine."""
   data = prepared.open_prepared(directory)
-  maker = proposal_maker(config)
+  maker = proposal_maker(config, _image_ids(data))
   for split in splits:
     fill_store_of(
       config,
@@ -169,12 +173,19 @@ def fill_store_of(
   )
 
 
-def proposal_maker(config: Config) -> Maker:
-  """Where the proposals of `config.proposals` come from."""
+def proposal_maker(config: Config, image_ids: Iterable[str]) -> Maker:
+  """Where the proposals of `config.proposals` come from.
+
+  Args:
+    config: see configs/base.py.
+    image_ids: of the images that a store is for, as PATH of
+      `config.proposals.source` knows them.
+  """
   settings = proposal_settings(config)
   if config.proposals.source:
     return importers.importer(
       pathlib.Path(config.proposals.source),
+      image_ids,
       max_proposals=settings.max_proposals,
       max_superpixels=settings.num_superpixels,
     )

@@ -83,7 +83,7 @@ def train(
   source, model, mesh = run.source, run.model, run.mesh
   lag = config.reestimation.lag
   settings = config.to_dict()
-  learned_from = origin.describe(data)
+  learned_from = origin.describe(data, store)
   before = learned_from | origin.told_by(workdir / "checkpoints")
   writes = jax.process_index() == 0
   with (
@@ -106,8 +106,8 @@ def train(
     first_step = int(state.step)
     changed = ""
     if before != learned_from:
-      changed = ", with other training images or tags than before"
-      waiting = []  # those segments are of the images before
+      changed = ", with other training images, tags or proposals than before"
+      waiting = []  # those segments are of the ones before
     writer.truncate_after(first_step)
 
     def is_evaluated(step: int) -> bool:

@@ -1,4 +1,4 @@
-"""Which data the weights of a checkpoint have learned from.
+"""Which data and proposals the weights of a checkpoint have learned from.
 
 The arrays do not tell: classes in another order fit them as well.
 """
@@ -13,17 +13,24 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from jtsm_jax.data.prepared import PreparedData
+from jtsm_jax.proposals.store import ProposalStore
 from jtsm_jax.train.checkpoints import steps_in
 from jtsm_jax.types import Categories, InputError
 
 
-def describe(data: PreparedData) -> dict[str, Any]:
+def describe(data: PreparedData, store: ProposalStore) -> dict[str, Any]:
   """What a checkpoint tells of the data, as JSON has it.
 
+  Args:
+    data: the training split is learned from.
+    store: its proposals; the folder's name says what has made them.
+
   Returns:
-    {"things", "stuff": names in the order of their indices, "training_key"}.
+    {"things", "stuff": names in the order of their indices, "training_key",
+    "proposals"}.
   """
-  return _names(data.categories) | {"training_key": data.training_key}
+  keys = {"training_key": data.training_key, "proposals": store.path.name}
+  return _names(data.categories) | keys
 
 
 def told_by(path: pathlib.Path) -> dict[str, Any]:
