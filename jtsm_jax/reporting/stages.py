@@ -123,7 +123,7 @@ def mining_sheet(
     categories: the classes.
 
   Returns:
-    One picture, uint8 RGB: a row for each segment.
+    One picture, uint8 RGB: a row for each segment, or the image alone.
   """
   colours = class_colours(categories)
   rows = []
@@ -133,5 +133,7 @@ def mining_sheet(
     row.append(None if mask is None else draw_mask(image, mask, *style))
     rows.append(row)
   return contact_sheet(
-    rows, ["image", "mined segment", "pseudo mask"], tile_size=320
+    rows or [[image, None, None]],
+    ["image", "mined segment", "pseudo mask"],
+    tile_size=320,
   )

@@ -77,6 +77,13 @@ def test_mining_sheet_has_a_row_for_each_segment(sheets):
   assert sheets[1][0][0][2] is None  # no mask, no picture of it
 
 
+def test_an_image_of_which_nothing_is_mined_is_shown_alone(sheets):
+  stages.mining_sheet(IMAGE, [], CATEGORIES)  # it has no tag
+  [([[image, *others]], _)] = sheets
+  np.testing.assert_array_equal(image, IMAGE)
+  assert others == [None, None]
+
+
 def test_best_proposals_are_labelled_with_their_iou():
   """A small thing before a large one, each covered in part."""
   ids = np.ones((4, 10), np.int32)
