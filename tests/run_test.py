@@ -14,6 +14,7 @@ from PIL import Image
 
 from jtsm_jax import modes, run
 from jtsm_jax.data import prepared
+from jtsm_jax.data.folder import folder_source
 from jtsm_jax.data.pipeline import inference_batches
 from jtsm_jax.data.prepare import prepare
 from jtsm_jax.data.shapes import shapes_source
@@ -119,6 +120,48 @@ def test_data_that_another_run_has_prepared(tmp_path, field, value, message):
   config.update_from_flattened_dict({field: value})
   with pytest.raises(InputError, match=f"{tmp_path}/data: .* with {message}"):
     run.prepare(config, tmp_path / "c")
+
+
+def _one_image(root, names):
+  """A folder of one's own, of one image that has all tags; cows are things."""
+  (root / "images").mkdir(parents=True)
+  Image.new("RGB", (8, 6)).save(root / "images" / "a.png")
+  (root / "train_tags.json").write_text(json.dumps({"a.png": names}))
+  classes = [
+    {"id": n, "name": name, "isthing": int(name == "cow")}
+    for n, name in enumerate(names)
+  ]
+  (root / "classes.json").write_text(json.dumps(classes))
+
+
+@pytest.mark.parametrize(
+  ("names", "task", "message"),
+  [
+    (
+      ["cow"],
+      "panoptic",
+      "one class, 'cow'; wanted at least two.*no other tag$",
+    ),
+    (["cow", "grass"], "detection", "one class, 'cow'; .*stuff counts with"),
+    (["grass"], "instance", "no class; .*stuff counts with"),
+  ],
+)
+def test_one_class_cannot_be_learned(tmp_path, names, task, message):
+  config, root = _config(tmp_path, "data"), tmp_path / "mine"
+  _one_image(root, names)
+  config.data.name, config.data.root, config.task = "folder", str(root), task
+  with pytest.raises(InputError, match=f"'mine' has {message}"):
+    run.prepare(config, tmp_path / "run")
+  assert not (tmp_path / "data").exists()
+
+
+def test_one_class_that_is_prepared_cannot_be_learned(tmp_path):
+  config = _config(tmp_path, "data")
+  _one_image(tmp_path / "mine", ["cow"])
+  config.data.name, config.data.root = "folder", str(tmp_path / "mine")
+  prepare(folder_source(config.data.root), tmp_path / "data")
+  with pytest.raises(InputError, match="'mine' has one class, 'cow'; wanted"):
+    run.prepare(config, tmp_path / "run")
 
 
 def test_settings_tell_voc_sets_apart():
