@@ -18,6 +18,7 @@ from jtsm_jax.data.folder import folder_source
 from jtsm_jax.data.pipeline import inference_batches
 from jtsm_jax.data.prepare import prepare
 from jtsm_jax.data.shapes import shapes_source
+from jtsm_jax.data.things import things_only
 from jtsm_jax.modes.data import data_settings
 from jtsm_jax.train import setup
 from jtsm_jax.types import Categories, InputError
@@ -84,6 +85,49 @@ def test_proposals_from_elsewhere_that_have_changed(
   assert propose(1) != first
   assert propose(0) == first
   assert propose(0, new=True) == first  # of an image that is to be predicted
+
+
+def _val_with(instances_of_record, directory):
+  """Data of the task "instance" whose validation images have other truth."""
+  source = things_only(shapes_source(num_train=1, num_val=2, side=64))
+  val = [
+    dataclasses.replace(record, instances=instances_of_record(record))
+    for record in source.splits["val"]
+  ]
+  splits = {**source.splits, "val": val}
+  prepare(dataclasses.replace(source, splits=splits), directory)
+  return prepared.open_prepared(directory)
+
+
+def test_quality_of_proposals_with_masks_of_instances_alone(
+  tmp_path, monkeypatch, capsys
+):
+  here = functools.partial(modes.proposals.fill_store_of, num_workers=0)
+  monkeypatch.setattr(modes.proposals, "fill_store_of", here)
+  config = _config(tmp_path, "data")
+  data = _val_with(lambda record: record.instances, tmp_path / "data")
+  assert not data.splits["val"].has_targets
+  modes.proposals.report_proposals(config, tmp_path, data)
+  output = tmp_path / "proposal_quality"
+  found = json.loads((output / "quality.json").read_text())["groups"]
+  assert "stuff" not in found
+  counts = [len(data.splits["val"].instances(n).category) for n in (0, 1)]
+  assert found["things"]["segments"] == sum(counts) > 0
+  assert found["things"]["J_i"][-1] > 0.3
+  assert list((output / "images").glob("*.jpg"))
+  assert "left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("truth", ["boxes alone", "no validation images"])
+def test_quality_of_proposals_without_masks(tmp_path, truth):
+  def without(record):
+    has_boxes = truth == "boxes alone"
+    boxes = dataclasses.replace(record.instances, rles=())
+    return boxes if has_boxes else None
+
+  data = _val_with(without, tmp_path / "data")
+  with pytest.raises(InputError, match=f"{data.name!r} ha(s|ve) {truth}"):
+    modes.proposals.report_proposals(_config(tmp_path, "data"), tmp_path, data)
 
 
 def test_workdir_is_bound_to_data_that_lie_elsewhere(root, tmp_path):
