@@ -17,12 +17,13 @@ from jtsm_jax.data import prepared
 from jtsm_jax.data.folder import folder_source
 from jtsm_jax.data.pipeline import inference_batches
 from jtsm_jax.data.prepare import prepare
-from jtsm_jax.data.shapes import shapes_source
+from jtsm_jax.data.shapes import SHAPES_CATEGORIES, shapes_source
 from jtsm_jax.data.things import things_only
 from jtsm_jax.modes.data import data_settings
 from jtsm_jax.train import setup
 from jtsm_jax.types import Categories, InputError
 from tests.configs import tiny
+from tests.prediction_test import nothing
 from tests.proposals.importers_test import entries_of, random_masks
 
 
@@ -429,7 +430,7 @@ def test_segments_of_images_before_are_not_those_of_new_ones(
     assert begun == steps  # those before are of segments that wait
 
 
-@pytest.mark.parametrize("mode", ["train", "evaluate", "predict", "export"])
+@pytest.mark.parametrize("mode", ["train", "evaluate", "report"])
 def test_classes_in_another_order_are_refused(trained, root, tmp_path, mode):
   config, workdir = trained
   source = shapes_source(seed=0, num_train=2, num_val=1, side=64)
@@ -439,9 +440,36 @@ def test_classes_in_another_order_are_refused(trained, root, tmp_path, mode):
   prepare(swapped, tmp_path / "data")
   config = config.copy_and_resolve_references()
   config.data.prepared = str(tmp_path / "data")
-  Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
   with pytest.raises(InputError, match=r"the weights are of .* things\[0\] is"):
-    run.run(config, workdir, mode=mode, images=str(tmp_path))
+    run.run(config, workdir, mode=mode)
+
+
+def test_predictions_and_exports_need_no_data(trained, tmp_path, monkeypatch):
+  config, workdir = trained[0].copy_and_resolve_references(), tmp_path / "run"
+  shutil.copytree(trained[1], workdir)
+  config.data.prepared = str(tmp_path / "none")
+  Image.new("RGB", (48, 32)).save(tmp_path / "a.png")
+  here = functools.partial(modes.proposals.fill_store_of, num_workers=0)
+  found = nothing(0, (32, 48), SHAPES_CATEGORIES)
+  exported = []
+  for module, name, value in (
+    (modes.prediction, "fill_store_of", here),
+    (modes.prediction, "predict", lambda *_, **__: [found]),
+    (modes.export, "export_model", lambda *_, **given: exported.append(given)),
+  ):
+    monkeypatch.setattr(module, name, value)
+  run.run(config, workdir, mode="predict", images=str(tmp_path / "a.png"))
+  (panoptic,) = (workdir / "predictions").glob("*/panoptic.json")
+  told = json.loads(panoptic.read_text())["categories"]
+  assert Categories.from_list(told) == SHAPES_CATEGORIES
+  run.run(config, workdir, mode="export")
+  assert exported[0]["categories"] == SHAPES_CATEGORIES
+  # Older checkpoints do not tell their classes.
+  monkeypatch.setattr("jtsm_jax.train.origin.told_by", lambda path: {})
+  with pytest.raises(InputError, match="none: holds no prepared data set"):
+    run.run(config, workdir, mode="export")
+  run.run(trained[0], workdir, mode="export")
+  assert exported[1]["categories"] == SHAPES_CATEGORIES
 
 
 def test_the_devices_are_told_once(root, tmp_path, monkeypatch, capsys):

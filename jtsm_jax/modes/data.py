@@ -114,7 +114,7 @@ def _check_state(config, data, directory) -> None:
     raise InputError(
       f"{c.root}: has changed since {directory} was prepared from it. To train"
       " on what it holds now, give another --workdir, with --init_from to begin"
-      f" with the weights of this one. Or remove {directory}: the next call"
+      f" with the weights of this one. Or remove {directory}: the same command"
       " prepares it anew, and of the training only the steps that are left, if"
       " any, learn from it"
     )

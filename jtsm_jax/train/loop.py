@@ -84,7 +84,7 @@ def train(
   lag = config.reestimation.lag
   settings = config.to_dict()
   learned_from = origin.describe(data, store)
-  before = learned_from | origin.told_by(workdir / "checkpoints")
+  told = origin.told_by(workdir / "checkpoints")
   writes = jax.process_index() == 0
   with (
     checkpoints.open_checkpoints(
@@ -105,7 +105,7 @@ def train(
     state, waiting = restored
     first_step = int(state.step)
     changed = ""
-    if before != learned_from:
+    if origin.is_other(told, learned_from):
       changed = ", with other training images, tags or proposals than before"
       waiting = []  # those segments are of the ones before
     writer.truncate_after(first_step)

@@ -59,6 +59,7 @@ def test_a_checkpoint_tells_its_data(data, saved):
   (saved / "2" / "data" / "metadata").write_text("{")  # damaged
   assert origin.told_by(saved) == origin.describe(data, STORE)
   assert origin.told_by(saved.parent / "none") == {}
+  assert origin.classes_of(saved) == SHAPES_CATEGORIES
 
 
 def test_the_key_is_of_the_training_images_and_their_tags(data, tmp_path):
@@ -99,4 +100,5 @@ def test_older_checkpoints_tell_nothing_and_are_taken(saved):
   for step in (1, 2):
     shutil.rmtree(saved / str(step) / "data")
   assert origin.told_by(saved) == {}
+  assert origin.classes_of(saved) is None
   origin.check_classes(saved, swapped(1, 2))
