@@ -38,7 +38,7 @@ from jtsm_jax.proposals import (
   ranking,
   record_format,
 )
-from jtsm_jax.types import VOID, Categories
+from jtsm_jax.types import Categories
 
 NAMED = pathlib.Path(__file__).parent / "results" / "proposal_images.json"
 STAGES = ("cues", "superpixels", "network", "trees", "candidates", "choice")
@@ -138,10 +138,7 @@ def one_image(preset, case):
   lap("choice")
   proposals = generate.in_full_size(superpixels, membership, image.shape[:2])
   encoded = len(record_format.encode_proposals(path.stem, proposals.best(2000)))
-  masks, known, category, is_thing = read_truth()
-  best = quality.best_mask_iou(
-    proposals, masks, known=known, category=category, is_thing=is_thing
-  )
+  best = quality.best_iou(proposals, read_truth())
   memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
   return best, [times.get(s, 0.0) for s in STAGES], encoded, memory
 
@@ -156,7 +153,7 @@ def voc_images(root):
 
 
 def voc_truth(root, name):
-  """Masks, known pixels, classes, things."""
+  """The true segments of an image."""
   objects, classes = (
     np.asarray(Image.open(root / folder / f"{name}.png"))
     for folder in ("SegmentationObject", "SegmentationClass")
@@ -164,7 +161,9 @@ def voc_truth(root, name):
   ids = [i for i in np.unique(objects) if i not in (0, 255)]
   masks = np.stack([objects == i for i in ids])
   category = np.array([classes[m].max(initial=0) for m in masks], np.int64)
-  return masks, objects != 255, category, np.ones(len(ids), bool)
+  return quality.TrueSegments(
+    masks, objects != 255, category, np.ones(len(ids), bool)
+  )
 
 
 def coco_images(json_file, folder):
@@ -184,14 +183,14 @@ def coco_images(json_file, folder):
 
 
 def coco_truth(rles, category):
-  """Masks, known pixels, classes, things."""
+  """The true segments of an image."""
   from pycocotools import mask as coder
 
   masks = np.stack([coder.decode(r).astype(bool) for r in rles])
   category = np.array(category, np.int64)[masks.any((1, 2))]
   masks = masks[masks.any((1, 2))]
   known = np.ones(masks.shape[1:], bool)
-  return masks, known, category, np.ones(len(masks), bool)
+  return quality.TrueSegments(masks, known, category, np.ones(len(masks), bool))
 
 
 def panoptic_images(classes, json_file, masks, folder):
@@ -205,17 +204,8 @@ def panoptic_images(classes, json_file, masks, folder):
 
 
 def panoptic_truth(truth, name):
-  """Masks, known pixels, classes, things."""
-  target = truth[name]
-  segments = [s for s in target.segments if not s.is_crowd]
-  masks = [target.ids == s.id for s in segments]
-  masks = np.stack(masks) if masks else np.zeros((0, *target.ids.shape), bool)
-  return (
-    masks,
-    target.ids != VOID,
-    np.array([s.category for s in segments], np.int64),
-    np.array([s.is_thing for s in segments], bool),
-  )
+  """The true segments of an image."""
+  return quality.segments_of_map(truth[name])
 
 
 def print_result(name, found):

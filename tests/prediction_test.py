@@ -23,7 +23,7 @@ def save(path, value=0, size=(20, 24)):
   Image.fromarray(np.full((*size, 3), value, np.uint8)).save(path)
 
 
-def nothing(index, size):
+def nothing(index, size, categories=CATEGORIES):
   """The prediction of an image in which nothing was found."""
   none = np.zeros(0, np.int32)
   return Prediction(
@@ -38,8 +38,8 @@ def nothing(index, size):
       size=tuple(size),
     ),
     best=None,
-    scores=np.zeros((0, len(CATEGORIES)), np.float32),
-    image_scores=np.zeros(len(CATEGORIES), np.float32),
+    scores=np.zeros((0, len(categories)), np.float32),
+    image_scores=np.zeros(len(categories), np.float32),
   )
 
 
@@ -61,12 +61,14 @@ def predict(monkeypatch, workdir):
       todo[name] = store.get(id_) if id_ in store else None
       yield nothing(n, source.sizes[n].tolist())
 
-  data = types.SimpleNamespace(categories=CATEGORIES)
   trained = types.SimpleNamespace(
-    key={"step": 1}, model=None, variables=None, calibration=None
+    categories=CATEGORIES,
+    key={"step": 1},
+    model=None,
+    variables=None,
+    calibration=None,
   )
   for name, value in {
-    "prepared.open_prepared": lambda directory: data,
     "load_trained": lambda *_: trained,
     "steps_of": lambda *_: None,
     "fill_store_of": functools.partial(fill_store_of, num_workers=0),
@@ -195,7 +197,14 @@ def test_proposals_from_elsewhere(predict, tmp_path, form):
   assert all(len(proposals) for proposals in found.values())
   if form == "json":
     p = found["sub_b_c"]
-    np.testing.assert_array_equal(p.membership[0][p.superpixels], mask)
+    np.testing.assert_array_equal(p.mask(0), mask)
+    # Those of one image are corrected: it is predicted again, with them.
+    assert not predict(where)
+    entries[-1] = entries_of([~mask], [1], names[-1])[0]
+    source.write_text(json.dumps(entries))
+    found = predict(where)
+    assert [*found] == ["sub_b_c"]
+    np.testing.assert_array_equal(found["sub_b_c"].mask(0), ~mask)
   # Another image needs some of its own.
   save(tmp_path / "photos" / "new.png")
   assert predict(where) == {"new": None}

@@ -1,6 +1,7 @@
 """Modes within this process; end_to_end_test.py runs the whole program."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -11,15 +12,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jtsm_jax import run
+from jtsm_jax import modes, run
 from jtsm_jax.data import prepared
+from jtsm_jax.data.folder import folder_source
 from jtsm_jax.data.pipeline import inference_batches
 from jtsm_jax.data.prepare import prepare
-from jtsm_jax.data.shapes import shapes_source
+from jtsm_jax.data.shapes import SHAPES_CATEGORIES, shapes_source
+from jtsm_jax.data.things import things_only
 from jtsm_jax.modes.data import data_settings
 from jtsm_jax.train import setup
 from jtsm_jax.types import Categories, InputError
 from tests.configs import tiny
+from tests.prediction_test import nothing
+from tests.proposals.importers_test import entries_of, random_masks
 
 
 def _config(root: pathlib.Path, data: str) -> ml_collections.ConfigDict:
@@ -51,6 +56,79 @@ def test_data_sets_that_share_a_store_have_proposals_of_their_own(root):
   assert maps[0].shape == maps[1].shape
   assert not np.array_equal(maps[0], maps[1])
   np.testing.assert_array_equal(maps[0], maps[2])
+
+
+def test_proposals_from_elsewhere_that_have_changed(
+  root, tmp_path, monkeypatch
+):
+  here = functools.partial(modes.proposals.fill_store_of, num_workers=0)
+  monkeypatch.setattr(modes.proposals, "fill_store_of", here)
+  config = _config(root, "data0")
+  config.proposals.source = str(tmp_path / "sam.json")
+  config.proposals.store = ""
+  data = prepared.open_prepared(config.data.prepared)
+  masks = random_masks(3, (64, 64))
+
+  def propose(*chosen, **others):
+    entries = [
+      entry
+      for split in data.splits.values()
+      for image_id in (*split.image_ids, *others)
+      for entry in entries_of(masks[list(chosen)], [1.0], image_id)
+    ]
+    (tmp_path / "sam.json").write_text(json.dumps(entries))
+    store = run.propose(config, tmp_path, data)
+    proposals = store.get("train_00000")
+    np.testing.assert_array_equal(proposals.mask(0), masks[chosen[0]])
+    return store.path.name
+
+  first = propose(0)
+  assert propose(1) != first
+  assert propose(0) == first
+  assert propose(0, new=True) == first  # of an image that is to be predicted
+
+
+def _val_with(instances_of_record, directory):
+  """Data of the task "instance" whose validation images have other truth."""
+  source = things_only(shapes_source(num_train=1, num_val=2, side=64))
+  val = [
+    dataclasses.replace(record, instances=instances_of_record(record))
+    for record in source.splits["val"]
+  ]
+  splits = {**source.splits, "val": val}
+  prepare(dataclasses.replace(source, splits=splits), directory)
+  return prepared.open_prepared(directory)
+
+
+def test_quality_of_proposals_with_masks_of_instances_alone(
+  tmp_path, monkeypatch, capsys
+):
+  here = functools.partial(modes.proposals.fill_store_of, num_workers=0)
+  monkeypatch.setattr(modes.proposals, "fill_store_of", here)
+  config = _config(tmp_path, "data")
+  data = _val_with(lambda record: record.instances, tmp_path / "data")
+  assert not data.splits["val"].has_targets
+  modes.proposals.report_proposals(config, tmp_path, data)
+  output = tmp_path / "proposal_quality"
+  found = json.loads((output / "quality.json").read_text())["groups"]
+  assert "stuff" not in found
+  counts = [len(data.splits["val"].instances(n).category) for n in (0, 1)]
+  assert found["things"]["segments"] == sum(counts) > 0
+  assert found["things"]["J_i"][-1] > 0.3
+  assert list((output / "images").glob("*.jpg"))
+  assert "left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("truth", ["boxes alone", "no validation images"])
+def test_quality_of_proposals_without_masks(tmp_path, truth):
+  def without(record):
+    has_boxes = truth == "boxes alone"
+    boxes = dataclasses.replace(record.instances, rles=())
+    return boxes if has_boxes else None
+
+  data = _val_with(without, tmp_path / "data")
+  with pytest.raises(InputError, match=f"{data.name!r} ha(s|ve) {truth}"):
+    modes.proposals.report_proposals(_config(tmp_path, "data"), tmp_path, data)
 
 
 def test_workdir_is_bound_to_data_that_lie_elsewhere(root, tmp_path):
@@ -87,6 +165,48 @@ def test_data_that_another_run_has_prepared(tmp_path, field, value, message):
   config.update_from_flattened_dict({field: value})
   with pytest.raises(InputError, match=f"{tmp_path}/data: .* with {message}"):
     run.prepare(config, tmp_path / "c")
+
+
+def _one_image(root, names):
+  """A folder of one's own, of one image that has all tags; cows are things."""
+  (root / "images").mkdir(parents=True)
+  Image.new("RGB", (8, 6)).save(root / "images" / "a.png")
+  (root / "train_tags.json").write_text(json.dumps({"a.png": names}))
+  classes = [
+    {"id": n, "name": name, "isthing": int(name == "cow")}
+    for n, name in enumerate(names)
+  ]
+  (root / "classes.json").write_text(json.dumps(classes))
+
+
+@pytest.mark.parametrize(
+  ("names", "task", "message"),
+  [
+    (
+      ["cow"],
+      "panoptic",
+      "one class, 'cow'; wanted at least two.*no other tag$",
+    ),
+    (["cow", "grass"], "detection", "one class, 'cow'; .*stuff counts with"),
+    (["grass"], "instance", "no class; .*stuff counts with"),
+  ],
+)
+def test_one_class_cannot_be_learned(tmp_path, names, task, message):
+  config, root = _config(tmp_path, "data"), tmp_path / "mine"
+  _one_image(root, names)
+  config.data.name, config.data.root, config.task = "folder", str(root), task
+  with pytest.raises(InputError, match=f"'mine' has {message}"):
+    run.prepare(config, tmp_path / "run")
+  assert not (tmp_path / "data").exists()
+
+
+def test_one_class_that_is_prepared_cannot_be_learned(tmp_path):
+  config = _config(tmp_path, "data")
+  _one_image(tmp_path / "mine", ["cow"])
+  config.data.name, config.data.root = "folder", str(tmp_path / "mine")
+  prepare(folder_source(config.data.root), tmp_path / "data")
+  with pytest.raises(InputError, match="'mine' has one class, 'cow'; wanted"):
+    run.prepare(config, tmp_path / "run")
 
 
 def test_settings_tell_voc_sets_apart():
@@ -320,6 +440,16 @@ def test_a_finished_run_tells_that_it_learns_nothing(trained, root, capsys):
   assert said.endswith(f"another --workdir, with --init_from={workdir}")
 
 
+def test_a_finished_run_tells_that_its_proposals_are_others(
+  trained, tmp_path, monkeypatch, capsys
+):
+  shutil.copytree(trained[1], tmp_path / "run")
+  monkeypatch.setattr("jtsm_jax.proposals.generate.VERSION", "next")
+  run.run(trained[0], tmp_path / "run", mode="train")
+  said = capsys.readouterr().out.splitlines()[-1]
+  assert "with other training images, tags or proposals than before" in said
+
+
 def test_segments_of_images_before_are_not_those_of_new_ones(
   trained, root, tmp_path, monkeypatch, capsys
 ):
@@ -342,7 +472,7 @@ def test_segments_of_images_before_are_not_those_of_new_ones(
     assert begun == steps  # those before are of segments that wait
 
 
-@pytest.mark.parametrize("mode", ["train", "evaluate", "predict", "export"])
+@pytest.mark.parametrize("mode", ["train", "evaluate", "report"])
 def test_classes_in_another_order_are_refused(trained, root, tmp_path, mode):
   config, workdir = trained
   source = shapes_source(seed=0, num_train=2, num_val=1, side=64)
@@ -352,9 +482,36 @@ def test_classes_in_another_order_are_refused(trained, root, tmp_path, mode):
   prepare(swapped, tmp_path / "data")
   config = config.copy_and_resolve_references()
   config.data.prepared = str(tmp_path / "data")
-  Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
   with pytest.raises(InputError, match=r"the weights are of .* things\[0\] is"):
-    run.run(config, workdir, mode=mode, images=str(tmp_path))
+    run.run(config, workdir, mode=mode)
+
+
+def test_predictions_and_exports_need_no_data(trained, tmp_path, monkeypatch):
+  config, workdir = trained[0].copy_and_resolve_references(), tmp_path / "run"
+  shutil.copytree(trained[1], workdir)
+  config.data.prepared = str(tmp_path / "none")
+  Image.new("RGB", (48, 32)).save(tmp_path / "a.png")
+  here = functools.partial(modes.proposals.fill_store_of, num_workers=0)
+  found = nothing(0, (32, 48), SHAPES_CATEGORIES)
+  exported = []
+  for module, name, value in (
+    (modes.prediction, "fill_store_of", here),
+    (modes.prediction, "predict", lambda *_, **__: [found]),
+    (modes.export, "export_model", lambda *_, **given: exported.append(given)),
+  ):
+    monkeypatch.setattr(module, name, value)
+  run.run(config, workdir, mode="predict", images=str(tmp_path / "a.png"))
+  (panoptic,) = (workdir / "predictions").glob("*/panoptic.json")
+  told = json.loads(panoptic.read_text())["categories"]
+  assert Categories.from_list(told) == SHAPES_CATEGORIES
+  run.run(config, workdir, mode="export")
+  assert exported[0]["categories"] == SHAPES_CATEGORIES
+  # Older checkpoints do not tell their classes.
+  monkeypatch.setattr("jtsm_jax.train.origin.told_by", lambda path: {})
+  with pytest.raises(InputError, match="none: holds no prepared data set"):
+    run.run(config, workdir, mode="export")
+  run.run(trained[0], workdir, mode="export")
+  assert exported[1]["categories"] == SHAPES_CATEGORIES
 
 
 def test_the_devices_are_told_once(root, tmp_path, monkeypatch, capsys):

@@ -424,7 +424,8 @@ def _read_tags(
     if need_tags and not names:
       raise InputError(
         f"{where}: image {name!r} has no tags; a training image needs at least"
-        " one: add it or remove the row"
+        " one: add it, remove the row, or, where it shows none of the classes,"
+        " make a stuff class of what it shows, such as 'background'"
       )
     tags = tuple(sorted({index_of[tag] for tag in names}))
     name = composed(name)

@@ -71,11 +71,27 @@ def prepare(
       print(f"shard {shard} of {num_shards} is written; others are missing")
       return None
   data = prepared.open_prepared(directory)
+  _check_classes(config, data)
   _check_settings(config, data, directory)
   _check_state(config, data, directory)
   counts = ", ".join(f"{len(s)} {name}" for name, s in data.splits.items())
   print(f"data: {data.name}, {counts} images, {len(data.categories)} classes")
   return data
+
+
+def _check_classes(config, data: Source | PreparedData) -> None:
+  """Whether there is anything that tags can tell apart."""
+  names = data.categories.names
+  if len(names) > 1:
+    return
+  found = f"one class, {names[0]!r}" if names else "no class"
+  remark = "; stuff counts with config.task='panoptic' alone"
+  raise InputError(
+    f"the data set {data.name!r} has {found}; wanted at least two: where every"
+    " proposal is of one class, nothing is learned. Name a second one, such as"
+    " the stuff 'background', tag every image with it, and add images that have"
+    f" no other tag{'' if config.task == 'panoptic' else remark}"
+  )
 
 
 def _check_settings(config, data, directory) -> None:
@@ -98,7 +114,7 @@ def _check_state(config, data, directory) -> None:
     raise InputError(
       f"{c.root}: has changed since {directory} was prepared from it. To train"
       " on what it holds now, give another --workdir, with --init_from to begin"
-      f" with the weights of this one. Or remove {directory}: the next call"
+      f" with the weights of this one. Or remove {directory}: the same command"
       " prepares it anew, and of the training only the steps that are left, if"
       " any, learn from it"
     )
@@ -176,11 +192,13 @@ def data_source(config: Config) -> Source:
   """The data set that `config.data` names, with the classes of `config.task`.
 
   Raises:
-    InputError: there is none of this name, or its root is not given.
+    InputError: there is none of this name, its root is not given, or it has
+      less than two classes.
   """
   source = _named_source(config.data)
   if config.task != "panoptic":
     source = things_only(source)
+  _check_classes(config, source)
   return dataclasses.replace(source, settings=data_settings(config))
 
 

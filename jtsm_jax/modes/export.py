@@ -6,8 +6,6 @@ import pathlib
 
 import ml_collections
 
-from jtsm_jax.data import prepared
-from jtsm_jax.modes.data import prepared_directory
 from jtsm_jax.modes.proposals import proposal_settings
 from jtsm_jax.modes.trained import load_trained, prediction_settings
 from jtsm_jax.reporting.export import export_model
@@ -17,15 +15,13 @@ Config = ml_collections.ConfigDict
 
 def export(config: Config, workdir: pathlib.Path) -> None:
   """Writes the trained model as files that jax and numpy alone can run."""
-  directory = prepared_directory(config, workdir)
-  categories = prepared.open_prepared(directory).categories
-  trained = load_trained(config, workdir, categories)
+  trained = load_trained(config, workdir)
   output = workdir / "export"
   export_model(
     output,
     trained.model,
     trained.variables,
-    categories=categories,
+    categories=trained.categories,
     calibration=trained.calibration,
     settings=prediction_settings(config),
     proposals=None if config.proposals.source else proposal_settings(config),

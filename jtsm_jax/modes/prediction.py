@@ -10,7 +10,6 @@ from typing import Any
 import ml_collections
 
 from jtsm_jax.console import progress
-from jtsm_jax.data import prepared
 from jtsm_jax.data.files import (
   PathOrUrl,
   check_names,
@@ -27,7 +26,6 @@ from jtsm_jax.data.image_files import (
 )
 from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.evaluation.predict import predict
-from jtsm_jax.modes.data import prepared_directory
 from jtsm_jax.modes.proposals import fill_store_of, proposal_maker
 from jtsm_jax.modes.trained import (
   load_trained,
@@ -63,8 +61,6 @@ def predict_images(
     InputError: there is no image, or one has the name of another that was
       predicted before and is still there.
   """
-  directory = prepared_directory(config, workdir)
-  categories = prepared.open_prepared(directory).categories
   folder, files = find_images(where)
   output = output_folder(workdir / "predictions", folder)
   file_names = {name: file_name(path, folder) for name, path in files.items()}
@@ -74,13 +70,15 @@ def predict_images(
     if before not in (None, file_names[name]) and is_file(folder / before):
       name_of[folder / before] = name
   check_names(name_of)
-  maker = proposal_maker(config)
-  trained = load_trained(config, workdir, categories)
-  settings = result_settings(config) | {"proposals": maker.key}
+  maker = proposal_maker(config, files)
+  trained = load_trained(config, workdir)
+  categories = trained.categories
+  settings = result_settings(config)
 
   def made_with(name: str, data: bytes) -> dict[str, Any]:
     image = {"file": file_names[name], "image": digest(data)}
-    return trained.key | image | {"settings": settings}
+    proposals = {"proposals": maker.key_of(name)}
+    return trained.key | image | {"settings": settings | proposals}
 
   todo = {}
   for name, path in progress(files.items(), "look", unit="image"):
@@ -96,7 +94,7 @@ def predict_images(
     for prediction in predict(
       steps_of(config, trained.model, trained.variables),
       source,
-      stores.open_store(path),
+      stores.ProposalStore(path),  # empty, where the only image has none
       calibration=trained.calibration,
       num_things=categories.num_things,
       settings=prediction_settings(config),

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ml_collections
@@ -18,6 +18,7 @@ from jtsm_jax.data.files import AnyPath, data_path
 from jtsm_jax.data.image_files import ImageFiles
 from jtsm_jax.data.prepared import PreparedData, RecordSource
 from jtsm_jax.data.transforms import decode_image
+from jtsm_jax.evaluation.evaluate import has_truth, measured_task
 from jtsm_jax.modes.data import SHARED_FOLDER, prepared_directory
 from jtsm_jax.proposals import importers, quality
 from jtsm_jax.proposals import store as stores
@@ -72,7 +73,7 @@ def fill_proposals(
   Returns:
     Where the store is.
   """
-  maker = proposal_maker(config)
+  maker = proposal_maker(config, _image_ids(data))
   path = _store_path(config, workdir, data, maker)
   splits = tuple(splits or data.splits)
   if not beam:
@@ -104,9 +105,8 @@ def open_proposals(
   Raises:
     InputError: it is not there, or some images are missing.
   """
-  store = stores.open_store(
-    _store_path(config, workdir, data, proposal_maker(config))
-  )
+  maker = proposal_maker(config, _image_ids(data))
+  store = stores.open_store(_store_path(config, workdir, data, maker))
   for split, source in data.splits.items():
     missing = [name for name in source.image_ids if name not in store]
     if missing:
@@ -126,10 +126,15 @@ def _store_path(
   return root / data.fingerprint / maker.key
 
 
+def _image_ids(data: PreparedData) -> list[str]:
+  """Of all splits: one store is for them, whichever are filled at a time."""
+  return [name for split in data.splits.values() for name in split.image_ids]
+
+
 def _propose_shard(config, directory, path, splits, num_shards, shard) -> None:
   """Runs in a worker of a pipeline, which has many for each machine."""
   data = prepared.open_prepared(directory)
-  maker = proposal_maker(config)
+  maker = proposal_maker(config, _image_ids(data))
   for split in splits:
     fill_store_of(
       config,
@@ -169,12 +174,19 @@ def fill_store_of(
   )
 
 
-def proposal_maker(config: Config) -> Maker:
-  """Where the proposals of `config.proposals` come from."""
+def proposal_maker(config: Config, image_ids: Iterable[str]) -> Maker:
+  """Where the proposals of `config.proposals` come from.
+
+  Args:
+    config: see configs/base.py.
+    image_ids: of the images that a store is for, as PATH of
+      `config.proposals.source` knows them.
+  """
   settings = proposal_settings(config)
   if config.proposals.source:
     return importers.importer(
       pathlib.Path(config.proposals.source),
+      image_ids,
       max_proposals=settings.max_proposals,
       max_superpixels=settings.num_superpixels,
     )
@@ -191,27 +203,31 @@ def report_proposals(
   Those that are missing are made first.
 
   Raises:
-    InputError: no validation image has ground truth.
+    InputError: no validation image has ground truth, or boxes alone.
   """
-  if "val" not in data.splits or not data.splits["val"].has_targets:
+  if not has_truth(data):
     raise InputError(
       f"the data set {data.name!r} has no validation images with ground truth;"
       " the quality of proposals cannot be measured"
+    )
+  if measured_task(data.splits["val"], "panoptic") == "detection":
+    raise InputError(
+      f"the validation images of the data set {data.name!r} have boxes alone;"
+      " the quality of proposals is measured with masks (docs/data.md)"
     )
   store = propose(config, workdir, data, splits=["val"])
   source, results, most = data.splits["val"], [], 1
   output = workdir / "proposal_quality"
   shown = max(len(source) // max(config.evaluation.pictures, 1), 1)
   for n, image_id in enumerate(source.image_ids):
-    target = source.target(n)
-    if target is None or image_id not in store:
+    if image_id not in store:
       continue
-    proposals = store.get(image_id)
-    results.append(quality.best_iou(proposals, target))
+    proposals, truth = store.get(image_id), _true_segments(source, n)
+    results.append(quality.best_iou(proposals, truth))
     most = max(most, len(proposals))
     if config.evaluation.pictures and n % shown == 0:
       image = decode_image(source[n].image)
-      sheet = stages.proposal_sheet(image, proposals, target, data.categories)
+      sheet = stages.proposal_sheet(image, proposals, truth, data.categories)
       write_image(output / "images" / f"{image_id}.jpg", sheet)
   summary = quality.summary(quality.concatenate(results), most=most)
   counts = quality.counts_up_to(most)
@@ -222,11 +238,19 @@ def report_proposals(
   )
   left_out = len(source) - len(results)
   if left_out:
-    print(f"left out: {left_out} images without ground truth or proposals")
+    print(f"left out: {left_out} images without proposals")
   print(f"plot       {output / 'quality.png'}")
   print(f"figures    {output / 'quality.json'}")
   if config.evaluation.pictures:
     print(f"pictures   {output / 'images'}")
+
+
+def _true_segments(source: RecordSource, n: int) -> quality.TrueSegments:
+  target = source.target(n)
+  if target is not None:
+    return quality.segments_of_map(target)
+  size = tuple(source.sizes[n].tolist())
+  return quality.segments_of_instances(source.instances(n), size)
 
 
 def proposal_settings(config: Config) -> ProposalSettings:

@@ -11,6 +11,7 @@ import jax
 import ml_collections
 
 from jtsm_jax.backbones.pretrained import weights_hash
+from jtsm_jax.data import prepared
 from jtsm_jax.evaluation.class_calibration import (
   ClassCalibration,
   load_calibration,
@@ -19,6 +20,7 @@ from jtsm_jax.evaluation.fusion import FusionSettings
 from jtsm_jax.evaluation.inference import DetectionSettings, Steps, make_steps
 from jtsm_jax.evaluation.predict import PredictionSettings
 from jtsm_jax.models.jtsm import JTSM
+from jtsm_jax.modes.data import prepared_directory
 from jtsm_jax.train import build, checkpoints, fields, origin
 from jtsm_jax.types import Categories
 
@@ -30,12 +32,14 @@ class Trained:
   """The newest weights of a run.
 
   Attributes:
+    categories: the classes that they were trained with.
     key: which weights they are, see `weights_key`.
     model: that they belong to.
     variables: what `model.apply` takes, on the device.
     calibration: of the classes, for these weights.
   """
 
+  categories: Categories
   key: dict[str, Any]
   model: JTSM
   variables: Any
@@ -43,18 +47,30 @@ class Trained:
 
 
 def load_trained(
-  config: Config, workdir: pathlib.Path, categories: Categories
+  config: Config, workdir: pathlib.Path, categories: Categories | None = None
 ) -> Trained:
   """Reads the newest checkpoint and the calibration that belongs to it.
+
+  Args:
+    config: see configs/base.py.
+    workdir: folder of the run.
+    categories: the classes of the data that are used; None takes the run's own,
+      for which no data are needed.
 
   Raises:
     InputError: one of them is missing, damaged, or made with other settings or
       classes.
   """
-  origin.check_classes(workdir / "checkpoints", categories)
+  folder = workdir / "checkpoints"
+  if categories is None:
+    categories = origin.classes_of(folder)
+  if categories is None:  # older ones do not tell
+    directory = prepared_directory(config, workdir)
+    categories = prepared.open_prepared(directory).categories
+  origin.check_classes(folder, categories)
   model = build.build_model(config, categories)
   step, variables = checkpoints.restore_variables(
-    workdir / "checkpoints", averaged=config.evaluation.ema
+    folder, averaged=config.evaluation.ema
   )
   key = weights_key(step, variables)
   calibration = ClassCalibration.neutral(len(categories))
@@ -65,7 +81,8 @@ def load_trained(
       made_with=key | score_settings(config),
     )
   # On the device once, not with every batch.
-  return Trained(key, model, jax.device_put(variables), calibration)
+  variables = jax.device_put(variables)
+  return Trained(categories, key, model, variables, calibration)
 
 
 def steps_of(config: Config, model: JTSM, variables: Any) -> Steps:

@@ -50,6 +50,7 @@ class Maker:
   Attributes:
     made_with: plain values that say so; a store is of one of them.
     key: a short name for them, fit for a folder.
+    key_of: the same of the proposals of one image alone, by its id.
     read: what `make` needs of an image, read in the main process.
     make: proposals from that, in a worker; pickles. Both may raise InputError:
       then the image is quarantined.
@@ -57,6 +58,7 @@ class Maker:
 
   made_with: dict[str, Any]
   key: str
+  key_of: Callable[[str], str]
   read: Callable[[Record], Any]
   make: Callable[[Any], Proposals]
 
@@ -80,12 +82,14 @@ class FillReport:
 
 def generator(settings: generate.ProposalSettings) -> Maker:
   """Makes proposals by `generate.propose`."""
+  key = generate.settings_key(settings)
   return Maker(
     made_with={
       "version": generate.VERSION,
       "settings": dataclasses.asdict(settings),
     },
-    key=generate.settings_key(settings),
+    key=key,
+    key_of=lambda image_id: key,
     read=_image_bytes,
     make=functools.partial(_decode_and_propose, settings=settings),
   )

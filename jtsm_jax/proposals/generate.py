@@ -35,6 +35,17 @@ MIN_SUPERPIXELS = 600
 """A small image gets so many, where it has them."""
 
 
+LIMITS = {
+  "max_proposals": (1, 4000),
+  "max_side": (16, 4096),
+  "num_superpixels": (1, 65535),  # the store's superpixel maps are uint16
+  "pixels_per_superpixel": (1, 1_000_000),
+  "pair_merges": (0, 65535),
+  "large_share": (0.0, 1.0),
+}
+"""The least and the greatest value of settings."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ProposalSettings:
   """Everything that the proposals of an image depend on, besides `VERSION`.
@@ -64,16 +75,8 @@ class ProposalSettings:
   large_share: float = 0.05
 
   def __post_init__(self):
-    limits = dict(
-      max_proposals=(1, 4000),
-      max_side=(16, 4096),
-      num_superpixels=(1, 65535),  # the store's superpixel maps are uint16
-      pixels_per_superpixel=(1, 1_000_000),
-      pair_merges=(0, 65535),
-      choose_among=(self.max_proposals, 1_000_000),
-      large_share=(0.0, 1.0),
-    )
-    for name, (low, high) in limits.items():
+    among = {"choose_among": (self.max_proposals, 1_000_000)}
+    for name, (low, high) in (LIMITS | among).items():
       value = getattr(self, name)
       if not low <= value <= high:
         raise InputError(

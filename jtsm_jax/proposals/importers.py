@@ -11,6 +11,9 @@
 In both cases the best score comes first, equal ones in the order of the file,
 and of equal masks only the first is kept; masks that differ are kept although
 their boxes may be the same. A mask without a pixel is an error.
+
+Files may be corrected in place, so what makes a store holds their content, too:
+of the images of the store alone, as those of further images may be added.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,12 +38,17 @@ MAX_MAT_BYTES = 1 << 29  # of a variable; 64 megapixels in MATLAB's numbers
 
 
 def importer(
-  path: pathlib.Path, *, max_proposals: int, max_superpixels: int
+  path: pathlib.Path,
+  image_ids: Iterable[str],
+  *,
+  max_proposals: int,
+  max_superpixels: int,
 ) -> Maker:
   """Takes proposals from a folder of `.mat` files or from a JSON file.
 
   Args:
     path: see the top of this file.
+    image_ids: of the images that a store is for.
     max_proposals: at most so many per image, the best.
     max_superpixels: an image with more is at fault.
 
@@ -49,15 +57,34 @@ def importer(
   """
   limits = dict(max_proposals=max_proposals, max_superpixels=max_superpixels)
   if path.is_dir():
+    content = functools.partial(_mat_content, path)
     read = functools.partial(_find_mat, path)
     make = functools.partial(read_mat, **limits)
   else:
-    read = functools.partial(_find_masks, path, _read_masks(path))
+    masks = _read_masks(path)
+    content = functools.partial(_masks_content, masks)
+    read = functools.partial(_find_masks, path, masks)
     make = functools.partial(proposals_from_masks, **limits)
-  made_with = {"imported": str(path.resolve()), **limits}
-  text = json.dumps(made_with, sort_keys=True)
-  key = f"imported-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-  return Maker(made_with=made_with, key=key, read=read, make=make)
+
+  def made_with(image_ids: Iterable[str]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for image_id in sorted(image_ids):
+      digest.update(f"{image_id} {content(image_id)}\n".encode())
+    source = {"imported": str(path.resolve()), "content": digest.hexdigest()}
+    return source | limits
+
+  def key(image_ids: Iterable[str]) -> str:
+    text = json.dumps(made_with(image_ids), sort_keys=True)
+    return f"imported-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+  image_ids = tuple(image_ids)
+  return Maker(
+    made_with=made_with(image_ids),
+    key=key(image_ids),
+    key_of=lambda image_id: key([image_id]),
+    read=read,
+    make=make,
+  )
 
 
 def read_mat(
@@ -159,13 +186,26 @@ def proposals_from_masks(
   )
 
 
+def _mat_file(folder: pathlib.Path, image_id: str) -> pathlib.Path | None:
+  stems = (image_id, image_id.lstrip("0"))
+  files = (folder / f"{stem}.mat" for stem in stems)
+  return next((file for file in files if file.is_file()), None)
+
+
+def _mat_content(folder: pathlib.Path, image_id: str) -> str:
+  """What changes with a file; to read them all would take long."""
+  file = _mat_file(folder, image_id)
+  if file is None:
+    return ""
+  found = file.stat()
+  return f"{file.name} {found.st_size} {found.st_mtime_ns}"
+
+
 def _find_mat(folder: pathlib.Path, record: Record) -> pathlib.Path:
-  stems = [record.image_id, record.image_id.lstrip("0")]
-  for stem in stems:
-    path = folder / f"{stem}.mat"
-    if path.is_file():
-      return path
-  raise InputError(f"there is no {stems[0]}.mat in {folder}")
+  file = _mat_file(folder, record.image_id)
+  if file is None:
+    raise InputError(f"there is no {record.image_id}.mat in {folder}")
+  return file
 
 
 def _read_masks(path: pathlib.Path) -> dict[str, list]:
@@ -188,6 +228,11 @@ def _read_masks(path: pathlib.Path) -> dict[str, list]:
       raise InputError(f"{path}: entry {n} names no image_id")
     found.setdefault(str(entry["image_id"]).lstrip("0"), []).append(entry)
   return found
+
+
+def _masks_content(masks: dict[str, list], image_id: str) -> str:
+  entries = masks.get(image_id.lstrip("0"), [])
+  return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def _find_masks(path, masks, record):

@@ -6,7 +6,8 @@ it over segments are J_i, means over classes of the means of each class J_c
 AR its mean over the thresholds 0.5, 0.55 .. 0.95 (COCO).
 
 Void pixels of the ground truth belong to nobody: as in panoptic quality
-(Kirillov et al., 2019), they are left out of both sides of an IoU.
+(Kirillov et al., 2019), they are left out of both sides of an IoU. Instances
+alone leave nothing void.
 """
 
 from __future__ import annotations
@@ -17,13 +18,64 @@ from typing import Any
 
 import numpy as np
 
-from jtsm_jax.types import VOID, PanopticMap, Proposals
+from jtsm_jax.data.run_lengths import decode_mask
+from jtsm_jax.types import VOID, Instances, PanopticMap, Proposals
 
 COUNTS = (100, 500, 1000, 2000, 4000)
 RECALL_AT = (0.5, 0.7, 0.85)
 AVERAGE_RECALL_AT = np.arange(0.5, 0.96, 0.05)
 SIZES = (("small", 0, 32**2), ("medium", 32**2, 96**2), ("large", 96**2, None))
 """COCO's classes of size, in pixels of the segment."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrueSegments:
+  """G true segments of an image, which may overlap and are no crowds.
+
+  Attributes:
+    masks: [G, H, W] bool.
+    known: [H, W] bool, pixels that are not void.
+    category: [G] int64, class index.
+    is_thing: [G] bool.
+  """
+
+  masks: np.ndarray
+  known: np.ndarray
+  category: np.ndarray
+  is_thing: np.ndarray
+
+
+def segments_of_map(target: PanopticMap) -> TrueSegments:
+  """Those of a panoptic map."""
+  segments = [s for s in target.segments if not s.is_crowd]
+  ids = np.array([s.id for s in segments], np.int64)
+  return TrueSegments(
+    masks=target.ids == ids[:, None, None],
+    known=target.ids != VOID,
+    category=np.array([s.category for s in segments], np.int64),
+    is_thing=np.array([s.is_thing for s in segments], bool),
+  )
+
+
+def segments_of_instances(
+  instances: Instances, size: tuple[int, int]
+) -> TrueSegments:
+  """Those of the masks of instances, but empty ones.
+
+  Args:
+    instances: with masks.
+    size: (H, W) of the image.
+  """
+  masks = np.zeros((len(instances.category), *size), bool)
+  for mask, rle in zip(masks, instances.rles, strict=True):
+    mask[:] = decode_mask(rle, size)
+  kept = masks.any((1, 2)) & ~instances.is_crowd
+  return TrueSegments(
+    masks=masks[kept],
+    known=np.ones(size, bool),
+    category=instances.category[kept].astype(np.int64),
+    is_thing=np.ones(kept.sum(), bool),
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,50 +95,20 @@ class BestIou:
   area: np.ndarray
 
 
-def best_iou(proposals: Proposals, target: PanopticMap) -> BestIou:
-  """Best IoU of each segment of `target` but crowds.
+def best_iou(proposals: Proposals, truth: TrueSegments) -> BestIou:
+  """Best IoU of each true segment with the proposals of its image.
 
   Raises:
     ValueError: the two are of different size.
   """
-  segments = [s for s in target.segments if not s.is_crowd]
-  ids = np.array([s.id for s in segments], np.int64)
-  masks = target.ids == ids[:, None, None]
-  return best_mask_iou(
-    proposals,
-    masks,
-    known=target.ids != VOID,
-    category=np.array([s.category for s in segments], np.int64),
-    is_thing=np.array([s.is_thing for s in segments], bool),
+  iou = mask_iou(
+    proposals.superpixels, proposals.membership, truth.masks, truth.known
   )
-
-
-def best_mask_iou(
-  proposals: Proposals,
-  masks: np.ndarray,
-  *,
-  known: np.ndarray,
-  category: np.ndarray,
-  is_thing: np.ndarray,
-) -> BestIou:
-  """As `best_iou`, of masks that may overlap.
-
-  Args:
-    proposals: of one image.
-    masks: [G, H, W] bool.
-    known: [H, W] bool, pixels that are not void.
-    category: [G] int64.
-    is_thing: [G] bool.
-
-  Raises:
-    ValueError: masks and superpixels are of different size.
-  """
-  iou = mask_iou(proposals.superpixels, proposals.membership, masks, known)
   return BestIou(
     iou=np.stack([iou[:n].max(0, initial=0.0) for n in COUNTS], 1),
-    category=category,
-    is_thing=is_thing,
-    area=masks.sum((1, 2)),
+    category=truth.category,
+    is_thing=truth.is_thing,
+    area=truth.masks.sum((1, 2)),
   )
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
-from jtsm_jax.proposals.quality import mask_iou
+from jtsm_jax.proposals.quality import TrueSegments, mask_iou
 from jtsm_jax.reporting.visualize import (
   class_colours,
   contact_sheet,
@@ -16,7 +15,7 @@ from jtsm_jax.reporting.visualize import (
   draw_superpixels,
   overlay_panoptic,
 )
-from jtsm_jax.types import VOID, Categories, PanopticMap, Proposals
+from jtsm_jax.types import Categories, PanopticMap, Proposals, Segment
 
 PROPOSALS_SHOWN = 40
 
@@ -56,7 +55,7 @@ def prediction_sheet(
 def proposal_sheet(
   image: np.ndarray,
   proposals: Proposals,
-  target: PanopticMap,
+  truth: TrueSegments,
   categories: Categories,
 ) -> np.ndarray:
   """Superpixels, the top of the ranking, and what covers the ground truth best.
@@ -64,7 +63,7 @@ def proposal_sheet(
   Args:
     image: [H, W, 3] uint8 RGB.
     proposals: of the image.
-    target: the ground truth.
+    truth: the ground truth.
     categories: the classes.
 
   Returns:
@@ -73,8 +72,8 @@ def proposal_sheet(
   tiles = [
     draw_superpixels(image, proposals.superpixels),
     draw_proposals(image, proposals, PROPOSALS_SHOWN),
-    overlay_panoptic(image, best_proposals(proposals, target), categories),
-    overlay_panoptic(image, target, categories),
+    overlay_panoptic(image, best_proposals(proposals, truth), categories),
+    overlay_panoptic(image, _painted(truth, truth.masks), categories),
   ]
   count = len(proposals)
   titles = [
@@ -86,28 +85,42 @@ def proposal_sheet(
   return contact_sheet([tiles], titles)
 
 
-def best_proposals(proposals: Proposals, target: PanopticMap) -> PanopticMap:
+def best_proposals(proposals: Proposals, truth: TrueSegments) -> PanopticMap:
   """The best proposal of each true segment, small ones on top.
 
   Returns:
-    A map of the same segments, whose score is the IoU; a segment that others
-    hide has no pixel.
+    A map of a segment with the id n + 1 for the n-th true one, whose score is
+    the IoU; one that others hide has no pixel.
   """
-  segments = [s for s in target.segments if not s.is_crowd]
-  masks = target.ids == np.array([s.id for s in segments])[:, None, None]
   iou = mask_iou(
-    proposals.superpixels, proposals.membership, masks, target.ids != VOID
+    proposals.superpixels, proposals.membership, truth.masks, truth.known
   )
-  ids = np.zeros_like(target.ids)
-  found = []
-  for n in np.argsort(-masks.sum((1, 2)), kind="stable"):
-    best = iou[:, n].argmax()
-    ids[proposals.membership[best][proposals.superpixels]] = segments[n].id
-    found.append(dataclasses.replace(segments[n], score=iou[best, n]))
-  return PanopticMap(
-    ids,
-    tuple(dataclasses.replace(s, area=int((ids == s.id).sum())) for s in found),
-  )
+  masks = [proposals.mask(index) for index in iou.argmax(0)]
+  return _painted(truth, masks, iou.max(0))
+
+
+def _painted(
+  truth: TrueSegments,
+  masks: Sequence[np.ndarray],
+  scores: np.ndarray | None = None,
+) -> PanopticMap:
+  """A map of masks that stand for true segments, small ones on top."""
+  order = np.argsort(-truth.masks.sum((1, 2)), kind="stable")
+  ids = np.zeros(truth.known.shape, np.int32)
+  for n in order:
+    ids[masks[n]] = n + 1
+  scores = np.ones(len(order)) if scores is None else scores
+  segments = [
+    Segment(
+      id=int(n) + 1,
+      category=int(truth.category[n]),
+      is_thing=bool(truth.is_thing[n]),
+      score=float(scores[n]),
+      area=int((ids == n + 1).sum()),
+    )
+    for n in order
+  ]
+  return PanopticMap(ids, tuple(segments))
 
 
 def mining_sheet(
@@ -123,7 +136,7 @@ def mining_sheet(
     categories: the classes.
 
   Returns:
-    One picture, uint8 RGB: a row for each segment.
+    One picture, uint8 RGB: a row for each segment, or the image alone.
   """
   colours = class_colours(categories)
   rows = []
@@ -133,5 +146,7 @@ def mining_sheet(
     row.append(None if mask is None else draw_mask(image, mask, *style))
     rows.append(row)
   return contact_sheet(
-    rows, ["image", "mined segment", "pseudo mask"], tile_size=320
+    rows or [[image, None, None]],
+    ["image", "mined segment", "pseudo mask"],
+    tile_size=320,
   )

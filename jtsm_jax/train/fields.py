@@ -10,6 +10,7 @@ import ml_collections
 
 from jtsm_jax.backbones import resnet_ws
 from jtsm_jax.data.pipeline import MAX_SUPERPIXELS
+from jtsm_jax.proposals.generate import LIMITS, PRESETS
 from jtsm_jax.types import InputError
 
 STAGES = {
@@ -53,6 +54,7 @@ WEIGHTS = {
 
 CHOICES = {
   "task": ("panoptic", "instance", "detection"),
+  "proposals.preset": tuple(PRESETS),
   "backbone.name": tuple(STAGES),
   "backbone.depth": tuple(resnet_ws.BLOCKS),
   "backbone.norm": ("frozen", "batch", "group"),
@@ -106,10 +108,21 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
   check_pretrained(b)
   for group in ("data", "evaluation"):
     canvases(config, group)
-  if not 1 <= config.proposals.num_superpixels <= MAX_SUPERPIXELS:
+  p = config.proposals
+  for field, (low, high) in {
+    "num_superpixels": (1, MAX_SUPERPIXELS),
+    "max_proposals": LIMITS["max_proposals"],
+    "max_side": LIMITS["max_side"],
+  }.items():
+    if not low <= p[field] <= high:
+      raise InputError(
+        f"config.proposals.{field} is {p[field]}; wanted {low} to {high}"
+      )
+  if PRESETS[p.preset].ranker == "quality" and not p.network:
     raise InputError(
-      f"config.proposals.num_superpixels is {config.proposals.num_superpixels};"
-      f" wanted 1 to {MAX_SUPERPIXELS}"
+      f"config.proposals.preset {p.preset!r} ranks by the network's features:"
+      " set config.proposals.network=True, or choose proposals.preset='fast',"
+      " which needs none"
     )
   exponents = tuple(config.pooling.size_exponents)
   if len(exponents) != 2:

@@ -84,8 +84,8 @@ def train(
   source, model, mesh = run.source, run.model, run.mesh
   lag = config.reestimation.lag
   settings = config.to_dict()
-  learned_from = origin.describe(data)
-  before = learned_from | origin.told_by(workdir / "checkpoints")
+  learned_from = origin.describe(data, store)
+  told = origin.told_by(workdir / "checkpoints")
   writes = jax.process_index() == 0
   with (
     checkpoints.open_checkpoints(
@@ -106,9 +106,9 @@ def train(
     state, waiting = restored
     first_step = int(state.step)
     changed = ""
-    if before != learned_from:
-      changed = ", with other training images or tags than before"
-      waiting = []  # those segments are of the images before
+    if origin.is_other(told, learned_from):
+      changed = ", with other training images, tags or proposals than before"
+      waiting = []  # those segments are of the ones before
     writer.truncate_after(first_step)
 
     def is_evaluated(step: int) -> bool:

@@ -1,4 +1,4 @@
-"""Which data the weights of a checkpoint have learned from.
+"""Which data and proposals the weights of a checkpoint have learned from.
 
 The arrays do not tell: classes in another order fit them as well.
 """
@@ -13,17 +13,27 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from jtsm_jax.data.prepared import PreparedData
+from jtsm_jax.proposals.store import ProposalStore
 from jtsm_jax.train.checkpoints import steps_in
-from jtsm_jax.types import Categories, InputError
+from jtsm_jax.types import Categories, Category, InputError
 
 
-def describe(data: PreparedData) -> dict[str, Any]:
+def describe(data: PreparedData, store: ProposalStore) -> dict[str, Any]:
   """What a checkpoint tells of the data, as JSON has it.
 
+  Args:
+    data: the training split is learned from.
+    store: its proposals; the folder's name says what has made them.
+
   Returns:
-    {"things", "stuff": names in the order of their indices, "training_key"}.
+    {"things", "stuff": names in the order of their indices, "ids": those of all
+    of them in the data set's files, "training_key", "proposals"}.
   """
-  return _names(data.categories) | {"training_key": data.training_key}
+  return _names(data.categories) | {
+    "ids": [category.id for category in data.categories.items],
+    "training_key": data.training_key,
+    "proposals": store.path.name,
+  }
 
 
 def told_by(path: pathlib.Path) -> dict[str, Any]:
@@ -41,6 +51,36 @@ def told_by(path: pathlib.Path) -> dict[str, Any]:
       with contextlib.suppress(OSError, ValueError):
         return dict(handler.restore(checkpoint.absolute() / "data"))
   return {}
+
+
+def classes_of(path: pathlib.Path) -> Categories | None:
+  """The classes of a run, from its checkpoints; None if older ones tell none.
+
+  Args:
+    path: as of `told_by`.
+  """
+  told = told_by(path)
+  if "ids" not in told:
+    return None
+  count = len(told["things"])
+  names = told["things"] + told["stuff"]
+  return Categories(
+    tuple(
+      Category(id_, name, n < count)
+      for n, (id_, name) in enumerate(zip(told["ids"], names, strict=True))
+    )
+  )
+
+
+def is_other(told: dict[str, Any], described: dict[str, Any]) -> bool:
+  """Whether training images, tags or proposals are others than were.
+
+  Args:
+    told: of `told_by`; what it leaves out is taken for the same.
+    described: of `describe`.
+  """
+  keys = ("training_key", "proposals")
+  return any(told.get(key, described[key]) != described[key] for key in keys)
 
 
 def other_classes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pycocotools.mask
@@ -222,7 +223,10 @@ def test_a_folder_of_mat_files_fills_a_store(tmp_path):
   for name in ("im-0", "im-2"):
     scipy.io.savemat(tmp_path / "mcg" / f"{name}.mat", content)
   maker = importers.importer(
-    tmp_path / "mcg", max_proposals=3, max_superpixels=9
+    tmp_path / "mcg",
+    make_source(3).image_ids,
+    max_proposals=3,
+    max_superpixels=9,
   )
   done = fill_store(
     make_source(3), tmp_path / "store", maker, num_workers=1, report=str
@@ -237,18 +241,56 @@ def test_a_json_file_fills_a_store(tmp_path):
   entries = entries_of(masks, np.arange(9.0))
   entries += entries_of(masks[:1], [1.0], image_id=17)
   (tmp_path / "sam.json").write_text(json.dumps(entries))
-  maker = importers.importer(
-    tmp_path / "sam.json", max_proposals=50, max_superpixels=99
-  )
   source = make_source(2)
   coco = "000000000017"  # as COCO names its files
   source[1] = dataclasses.replace(source[1], image_id=coco)
+  maker = importers.importer(
+    tmp_path / "sam.json",
+    source.image_ids,
+    max_proposals=50,
+    max_superpixels=99,
+  )
   done = fill_store(source, tmp_path / "store", maker, num_workers=0)
   assert done.made == 2
   found = open_store(tmp_path / "store").get(coco)
   np.testing.assert_array_equal(
     found.membership[0][found.superpixels], masks[0]
   )
+
+
+@pytest.mark.parametrize("form", ["mat", "json"])
+def test_the_key_is_of_what_there_is_of_the_images(tmp_path, form):
+  (tmp_path / "mcg").mkdir()
+  score = {"007": 0.25, "b": 0.5}
+
+  def keys(*image_ids):
+    """That of a store, and of images; files have no leading zeros."""
+    source = tmp_path / ("mcg" if form == "mat" else "sam.json")
+    entries = []
+    for name, value in score.items():
+      name = name.lstrip("0")
+      entries += entries_of(random_masks(1), [value], name)
+      if form == "mat":
+        scipy.io.savemat(source / f"{name}.mat", mat_content())
+        os.utime(source / f"{name}.mat", (0, 10 * value))
+    if form == "json":
+      source.write_text(json.dumps(entries))
+    maker = importers.importer(
+      source, image_ids, max_proposals=3, max_superpixels=9
+    )
+    return maker.key, {name: maker.key_of(name) for name in image_ids}
+
+  key, keys_of = keys("007", "b")
+  assert keys("b", "007") == (key, keys_of)  # in any order
+  assert keys_of["007"] != keys_of["b"]
+  score["new"] = 1.0
+  assert keys("007", "b") == (key, keys_of)
+  assert keys("007", "b", "new")[0] != key
+  score["007"] = 0.75
+  corrected, corrected_of = keys("007", "b")
+  assert corrected != key
+  assert corrected_of["007"] != keys_of["007"]
+  assert corrected_of["b"] == keys_of["b"]
 
 
 @pytest.mark.parametrize(
@@ -264,9 +306,9 @@ def test_wrong_json(tmp_path, text, message):
   path = tmp_path / "sam.json"
   path.write_text(text)
   with pytest.raises(InputError, match=message):
-    importers.importer(path, max_proposals=5, max_superpixels=5)
+    importers.importer(path, [], max_proposals=5, max_superpixels=5)
 
 
 def test_no_source(tmp_path):
   with pytest.raises(InputError, match="neither a folder"):
-    importers.importer(tmp_path / "no", max_proposals=5, max_superpixels=5)
+    importers.importer(tmp_path / "no", [], max_proposals=5, max_superpixels=5)

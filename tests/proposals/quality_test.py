@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from pycocotools import mask as mask_utils
 
 from jtsm_jax.proposals import quality
-from jtsm_jax.types import PanopticMap, Proposals, Segment, pack_members
+from jtsm_jax.types import (
+  Instances,
+  PanopticMap,
+  Proposals,
+  Segment,
+  pack_members,
+)
 
 
 def make_case():
@@ -42,26 +49,37 @@ def test_iou_by_hand_without_void():
 
 def test_best_iou_among_the_first(monkeypatch):
   monkeypatch.setattr(quality, "COUNTS", (1, 3))
-  best = quality.best_iou(*make_case())  # without the crowd
+  proposals, target = make_case()
+  truth = quality.segments_of_map(target)  # without the crowd
+  best = quality.best_iou(proposals, truth)
   np.testing.assert_allclose(best.iou, [[3 / 7, 1], [3 / 7, 3 / 7]])
   np.testing.assert_array_equal(best.category, [0, 2])
   np.testing.assert_array_equal(best.is_thing, [True, False])
   np.testing.assert_array_equal(best.area, [3, 3])
 
 
-def test_masks_may_overlap():
+def test_masks_of_instances_may_overlap():
   proposals, _ = make_case()
-  masks = np.zeros((2, 2, 4), bool)
+  masks = np.zeros((4, 2, 4), bool)
   masks[0] = True
   masks[1, 0] = True
-  best = quality.best_mask_iou(
-    proposals,
-    masks,
-    known=np.ones((2, 4), bool),
-    category=np.array([0, 0]),
-    is_thing=np.array([True, True]),
+  masks[2, 1] = True  # a crowd
+  rles = mask_utils.encode(np.asfortranarray(masks.transpose(1, 2, 0), "u1"))
+  instances = Instances(
+    category=np.array([4, 2, 2, 1], np.int32),
+    boxes=np.zeros((4, 4)),
+    area=np.zeros(4),
+    is_crowd=np.array([False, False, True, False]),
+    is_difficult=np.zeros(4, bool),
+    rles=tuple(rle["counts"] for rle in rles),  # the last one is empty
   )
+  truth = quality.segments_of_instances(instances, (2, 4))
+  np.testing.assert_array_equal(truth.masks, masks[:2])
+  assert truth.known.all()
+  best = quality.best_iou(proposals, truth)
   np.testing.assert_allclose(best.iou[:, -1], [1, 1])
+  np.testing.assert_array_equal(best.category, [4, 2])
+  assert best.is_thing.all()
 
 
 def segments(**columns):
@@ -115,7 +133,8 @@ def test_groups_without_segments_are_left_out():
 
 
 def test_many_images_are_joined():
-  one = quality.best_iou(*make_case())
+  proposals, target = make_case()
+  one = quality.best_iou(proposals, quality.segments_of_map(target))
   both = quality.concatenate([one, one])
   assert both.iou.shape == (4, len(quality.COUNTS))
   np.testing.assert_array_equal(both.area, [3, 3, 3, 3])
@@ -123,5 +142,7 @@ def test_many_images_are_joined():
 
 def test_sizes_must_agree():
   proposals, target = make_case()
+  cut = PanopticMap(target.ids[:1], target.segments)
+  truth = quality.segments_of_map(cut)
   with pytest.raises(ValueError, match="same size"):
-    quality.best_iou(proposals, PanopticMap(target.ids[:1], target.segments))
+    quality.best_iou(proposals, truth)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jtsm_jax.proposals.quality import segments_of_map
 from jtsm_jax.reporting import stages
 from jtsm_jax.types import (
   Categories,
@@ -77,6 +78,13 @@ def test_mining_sheet_has_a_row_for_each_segment(sheets):
   assert sheets[1][0][0][2] is None  # no mask, no picture of it
 
 
+def test_an_image_of_which_nothing_is_mined_is_shown_alone(sheets):
+  stages.mining_sheet(IMAGE, [], CATEGORIES)  # it has no tag
+  [([[image, *others]], _)] = sheets
+  np.testing.assert_array_equal(image, IMAGE)
+  assert others == [None, None]
+
+
 def test_best_proposals_are_labelled_with_their_iou():
   """A small thing before a large one, each covered in part."""
   ids = np.ones((4, 10), np.int32)
@@ -94,15 +102,17 @@ def test_best_proposals_are_labelled_with_their_iou():
     boxes=np.zeros((3, 4), np.int32),
     scores=np.array([3.0, 2.0, 1.0], np.float32),
   )
-  found = stages.best_proposals(proposals, target)
-  assert [s.id for s in found.segments] == [1, 2]
+  found = stages.best_proposals(proposals, segments_of_map(target))
+  assert [s.id for s in found.segments] == [2, 1]  # in the order of the truth
+  assert [s.category for s in found.segments] == [1, 0]
   assert [s.score for s in found.segments] == pytest.approx([26 / 30, 4 / 6])
-  np.testing.assert_array_equal(found.ids == 2, superpixels == 1)
+  np.testing.assert_array_equal(found.ids == 1, superpixels == 1)
   assert [s.area for s in found.segments] == [34, 6]
 
 
 def test_proposal_sheet(sheets):
-  stages.proposal_sheet(IMAGE, PROPOSALS, PANOPTIC, CATEGORIES)
+  truth = segments_of_map(PANOPTIC)
+  stages.proposal_sheet(IMAGE, PROPOSALS, truth, CATEGORIES)
   [([row], titles)] = sheets
   assert len(row) == len(titles) == 4
   assert titles[0] == "2 superpixels"

@@ -31,6 +31,8 @@ from jtsm_jax.types import InputError
     ("train.memory_gib", -1.0, "memory_gib is -1.0; wanted a device's memory"),
     ("data.colour_factor", 0.5, "colour_factor is 0.5; .* at least 1"),
     ("proposals.num_superpixels", 32768, "is 32768; wanted 1 to 32767"),
+    ("proposals.max_proposals", 4001, "is 4001; wanted 1 to 4000"),
+    ("proposals.max_side", 8, "config.proposals.max_side is 8; wanted 16 to"),
     ("pooling.size_exponents", (0.25,), r"is \(0\.25,\); wanted two numbers"),
     *[
       (field, 0, rf"{field} is 0; wanted at least 1")
@@ -56,6 +58,16 @@ def test_unknown_values_are_input_errors(field, value, message):
   config = base.get_config()
   config.update_from_flattened_dict({field: value})
   with pytest.raises(InputError, match=message):
+    fields.check_fields(config)
+
+
+def test_a_preset_that_needs_the_network_is_told_by_its_fields():
+  config = base.get_config()
+  config.proposals.network = False
+  fields.check_fields(config)  # "unfitted" needs none
+  config.proposals.preset = "quality"
+  wanted = r"config\.proposals\.preset 'quality' .*network=True.*preset='fast'"
+  with pytest.raises(InputError, match=wanted):
     fields.check_fields(config)
 
 

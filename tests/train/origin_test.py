@@ -1,7 +1,9 @@
 """What checkpoints tell of their data, and what is made of it."""
 
 import dataclasses
+import pathlib
 import shutil
+import types
 
 import jax.numpy as jnp
 import pytest
@@ -14,6 +16,7 @@ from jtsm_jax.train.state import TrainState
 from jtsm_jax.types import Categories, InputError
 
 NAMES = SHAPES_CATEGORIES.names
+STORE = types.SimpleNamespace(path=pathlib.Path("proposals/data/v3-key"))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def saved(data, tmp_path):
         model_state={},
         opt_state=(),
       )
-      told = origin.describe(data)
+      told = origin.describe(data, STORE)
       checkpoints.save(manager, state, [], config={}, data=told)
   return tmp_path / "checkpoints"
 
@@ -50,11 +53,13 @@ def swapped(*indices):
 def test_a_checkpoint_tells_its_data(data, saved):
   for path in (saved, saved / "1"):
     told = origin.told_by(path)
-    assert told == origin.describe(data)
+    assert told == origin.describe(data, STORE)
     assert told["things"] + told["stuff"] == list(NAMES)
+    assert told["proposals"] == "v3-key"
   (saved / "2" / "data" / "metadata").write_text("{")  # damaged
-  assert origin.told_by(saved) == origin.describe(data)
+  assert origin.told_by(saved) == origin.describe(data, STORE)
   assert origin.told_by(saved.parent / "none") == {}
+  assert origin.classes_of(saved) == SHAPES_CATEGORIES
 
 
 def test_the_key_is_of_the_training_images_and_their_tags(data, tmp_path):
@@ -95,4 +100,5 @@ def test_older_checkpoints_tell_nothing_and_are_taken(saved):
   for step in (1, 2):
     shutil.rmtree(saved / str(step) / "data")
   assert origin.told_by(saved) == {}
+  assert origin.classes_of(saved) is None
   origin.check_classes(saved, swapped(1, 2))

@@ -52,7 +52,8 @@ def other(made, tmp_path_factory):
     lambda x: x + np.float32(0.1), state.model_state["constants"]
   )
   with checkpoints.open_checkpoints(folder) as manager:
-    told = origin.describe(open_prepared(first.config.data.prepared))
+    data = open_prepared(first.config.data.prepared)
+    told = origin.describe(data, first.store)
     checkpoints.save(manager, state, [], config={}, data=told)
   return folder, paths(state.variables)
 
