@@ -6,8 +6,8 @@ import fsspec
 import pytest
 from upath import UPath
 
-# Compiled soon rather than well: most of a test's time is XLA's. It is read when
-# jax first computes, and handed on to the processes that tests start.
+# Compiled soon rather than well: most of a test's time is XLA's. It is read
+# when jax first computes, and handed on to the processes that tests start.
 os.environ.setdefault(
   "XLA_FLAGS",
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",

@@ -30,12 +30,7 @@ def start(tmp_path_factory):
   }
 
   def function(workdir, *flags, devices=1):
-    xla = (
-      f"--xla_force_host_platform_device_count={devices}"
-      # Compiled soon rather than well.
-      " --xla_backend_optimization_level=0"
-      " --xla_llvm_disable_expensive_passes=true"
-    )
+    split = f" --xla_force_host_platform_device_count={devices}"
     command = [
       sys.executable,
       "main.py",
@@ -50,7 +45,7 @@ def start(tmp_path_factory):
     return subprocess.Popen(
       command,
       cwd=ROOT,
-      env=environment | {"XLA_FLAGS": xla},
+      env=environment | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + split},
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,

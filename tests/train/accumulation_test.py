@@ -106,10 +106,8 @@ def test_twenty_steps_are_the_same_on_every_mesh():
     env={
       **os.environ,
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8"
-      # Compiled soon rather than well.
-      " --xla_backend_optimization_level=0"
-      " --xla_llvm_disable_expensive_passes=true",
+      "XLA_FLAGS": os.environ["XLA_FLAGS"]
+      + " --xla_force_host_platform_device_count=8",
       # Threads for the devices that wait for one another: with as many as
       # there are devices, two sums in flight at once can take them all.
       "NPROC": "64",

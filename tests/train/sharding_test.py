@@ -76,7 +76,8 @@ def test_four_devices_and_two_parts_give_the_gradients_of_one():
     env={
       **os.environ,
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+      "XLA_FLAGS": os.environ["XLA_FLAGS"]
+      + " --xla_force_host_platform_device_count=4",
     },
     capture_output=True,
     text=True,
@@ -192,7 +193,8 @@ def test_a_part_of_a_batch_that_is_not_the_mesh_s_is_an_error():
       env=os.environ
       | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"]
+        + " --xla_force_host_platform_device_count=2",
       },
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,

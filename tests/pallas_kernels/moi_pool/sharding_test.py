@@ -47,7 +47,8 @@ def test_nothing_is_gathered():
     env=os.environ
     | {
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+      "XLA_FLAGS": os.environ["XLA_FLAGS"]
+      + " --xla_force_host_platform_device_count=8",
     },
     capture_output=True,
     text=True,
