@@ -44,7 +44,7 @@ from jtsm_jax.proposals import store as stores
 from jtsm_jax.reporting import stages
 from jtsm_jax.reporting.predictions import collect, write_prediction
 from jtsm_jax.reporting.visualize import write_image
-from jtsm_jax.train import build, checkpoints, origin
+from jtsm_jax.train import build, caches, checkpoints, origin
 from jtsm_jax.train.metrics import MetricWriter
 
 Config = ml_collections.ConfigDict
@@ -191,7 +191,7 @@ def calibrate(
     source,
     store,
     settings=prediction_settings(config),
-    cache=build.open_feature_cache(
+    cache=caches.open_feature_cache(
       config, workdir, model, variables, source, split="train"
     ),
   )
@@ -217,7 +217,7 @@ def predictions(
     calibration=calibration,
     num_things=data.categories.num_things,
     settings=prediction_settings(config),
-    cache=build.open_feature_cache(
+    cache=caches.open_feature_cache(
       config, workdir, model, variables, source, split=split
     ),
     description="evaluate" if split == "val" else split,

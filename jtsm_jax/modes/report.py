@@ -18,7 +18,7 @@ from jtsm_jax.modes.trained import (
 from jtsm_jax.proposals import store as stores
 from jtsm_jax.reporting import report
 from jtsm_jax.reporting.mined_images import mine_images
-from jtsm_jax.train import build, fields
+from jtsm_jax.train import build, caches, fields
 
 Config = ml_collections.ConfigDict
 
@@ -40,7 +40,7 @@ def run_report(
   mining = build.mining_settings(
     config, num_things=categories.num_things, tags=source.tags
   )
-  with build.open_reestimator(config, workdir, source, store) as reestimator:
+  with caches.open_reestimator(config, workdir, source, store) as reestimator:
     model = trained.model
     has_branches = model.instance is not None or model.semantic is not None
     page = report.write_report(

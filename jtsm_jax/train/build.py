@@ -5,23 +5,18 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from absl import logging
 
-from jtsm_jax import workers
 from jtsm_jax.backbones import (
   efficientnet_lite,
   pretrained,
   resnet,
   resnet_ws,
 )
-from jtsm_jax.data.prepared import RecordSource
 from jtsm_jax.mining.labels import slots_needed
-from jtsm_jax.mining.masks import MaskReestimator
 from jtsm_jax.models.cell_head import CellHead
 from jtsm_jax.models.features import FeatureExtractor
 from jtsm_jax.models.instance_branch import InstanceBranch
@@ -29,9 +24,7 @@ from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.models.neck_and_heads import MiningHeads, Neck, TagHead
 from jtsm_jax.models.proposal_features import ProposalFeatures
 from jtsm_jax.models.semantic_branch import SemanticBranch
-from jtsm_jax.proposals.store import ProposalStore
 from jtsm_jax.train import fields
-from jtsm_jax.train.feature_cache import FeatureCache, cache_bytes
 from jtsm_jax.train.objectives import LossSettings, MiningSettings
 from jtsm_jax.train.schedule import make_optimizer, scaled_rate, step_decay
 from jtsm_jax.types import Categories, InputError
@@ -319,93 +312,6 @@ def mining_settings(
   )
 
 
-def open_reestimator(
-  config: ml_collections.ConfigDict,
-  workdir: pathlib.Path,
-  source: RecordSource,
-  store: ProposalStore,
-) -> MaskReestimator:
-  """Makes pseudo masks of a split, and keeps them."""
-  c = config.reestimation
-  folder = pathlib.Path(c.cache_dir) if c.cache_dir else workdir / "masks"
-  return MaskReestimator(
-    init=c.init,
-    iterations=c.iterations,
-    longest_side=c.longest_side,
-    workers=c.threads or workers.available_cores(),
-    cache_dir=folder / source.fingerprint / store.path.name,
-  )
-
-
 def loss_settings(config: ml_collections.ConfigDict) -> LossSettings:
   """`config.losses` as plain settings."""
   return LossSettings(**config.losses)
-
-
-def caches_features(
-  config: ml_collections.ConfigDict,
-  model: JTSM,
-  variables: Any,
-  source: RecordSource,
-  *,
-  split: str,
-) -> bool:
-  """Whether a split's features stay the same and fit on the disk.
-
-  Args:
-    config: see configs/base.py.
-    model: the model.
-    variables: what `model.apply` takes; shapes are enough.
-    source: the split.
-    split: its name.
-  """
-  size = _feature_bytes(config, model, variables, source, split=split)
-  return size is not None and size <= config.backbone.cache_gib * 2**30
-
-
-def _feature_bytes(config, model, variables, source, *, split) -> int | None:
-  """Of a split's features on disk; None where they do not stay the same."""
-  if not (config.backbone.cache and config.backbone.freeze == "all"):
-    return None
-  sizes = set(fields.canvases(config, "evaluation"))
-  if split == "train":
-    if config.data.colour_factor != 1 or config.data.crop != 1:
-      return None  # every step sees other colours or other parts
-    sizes |= set(fields.canvases(config, "data"))
-  return cache_bytes(
-    model, variables, canvases=tuple(sizes), num_images=len(source)
-  )
-
-
-def open_feature_cache(
-  config: ml_collections.ConfigDict,
-  workdir: pathlib.Path,
-  model: JTSM,
-  variables: Any,
-  source: RecordSource,
-  *,
-  split: str,
-) -> FeatureCache | None:
-  """The cache of a split; None where `caches_features` says no."""
-  size = _feature_bytes(config, model, variables, source, split=split)
-  if size is None:
-    return None
-  if size > config.backbone.cache_gib * 2**30:
-    logging.warning(
-      "the features of %r would take %.1f GiB on disk, above "
-      "config.backbone.cache_gib = %.1f: they are computed every time",
-      split,
-      size / 2**30,
-      config.backbone.cache_gib,
-    )
-    return None
-  root = pathlib.Path(config.backbone.cache_dir or workdir / "features")
-  if jax.process_count() > 1:  # two cannot write one file
-    root /= f"process_{jax.process_index()}"
-  return FeatureCache(
-    root,
-    model=model,
-    variables=variables,
-    source=source,
-    split=split,
-  )

@@ -20,7 +20,7 @@ from jtsm_jax.console import progress, say
 from jtsm_jax.data.pipeline import with_fallback
 from jtsm_jax.data.prepared import PreparedData
 from jtsm_jax.proposals.store import ProposalStore
-from jtsm_jax.train import build, checkpoints, origin, reestimation, setup
+from jtsm_jax.train import caches, checkpoints, origin, reestimation, setup
 from jtsm_jax.train.cost import matmul_flops, peak_flops
 from jtsm_jax.train.feature_cache import FeatureCache
 from jtsm_jax.train.guards import check_finite
@@ -92,7 +92,7 @@ def train(
       workdir / "checkpoints", keep_last=config.train.keep_checkpoints
     ) as manager,
     checkpoints.open_checkpoints(workdir / "best", keep_last=1) as best,
-    build.open_reestimator(config, workdir, source, store) as reestimator,
+    caches.open_reestimator(config, workdir, source, store) as reestimator,
     MetricWriter(workdir, active=writes) as writer,
     contextlib.ExitStack() as stack,
   ):
@@ -143,7 +143,7 @@ def train(
     # What serves them on the host.
     def open_cache() -> FeatureCache | None:
       variables = to_host(state.variables)
-      return build.open_feature_cache(
+      return caches.open_feature_cache(
         config, workdir, model, variables, source, split="train"
       )
 

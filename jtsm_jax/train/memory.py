@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jtsm_jax.console import say
-from jtsm_jax.train import build, cost, feature_cache, fields, setup
+from jtsm_jax.train import caches, cost, feature_cache, fields, setup
 from jtsm_jax.train.setup import Setup
 from jtsm_jax.train.sharding import replicated
 from jtsm_jax.types import Batch, InputError, PseudoMasks
@@ -117,7 +117,7 @@ def estimate_mining(run: Setup, *, platform: str | None = None) -> Estimate:
     images = batch
     batch = jax.eval_shape(run.extract_features, state.variables, images)
     batch = _placed(run, batch)
-    if build.caches_features(
+    if caches.caches_features(
       run.config, model, run.abstract, run.source, split="train"
     ):
       features = _shape(batch.features.shape, feature_cache.DTYPE)
