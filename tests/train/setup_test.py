@@ -177,7 +177,7 @@ def test_calibration_takes_what_a_device_has_in_a_step(made, monkeypatch):
 
   def shown(**fields):
     first = made(**fields)
-    setup.begin(first, None, 0)
+    setup.begin(first, {"constants": {}}, 0)
     wanted = [i for b in setup.batches_from(first, 0) for i in b.image_index]
     found = [i for batch in taken for i in batch.image_index]
     assert found == wanted[: len(found)]
