@@ -41,7 +41,7 @@ from jtsm_jax.mining.cells import map_overlap
 from jtsm_jax.modes.data import prepare
 from jtsm_jax.modes.proposals import open_proposals
 from jtsm_jax.modes.trained import prediction_settings
-from jtsm_jax.train import build, checkpoints
+from jtsm_jax.train import build, caches, checkpoints
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run, finished.")
@@ -57,14 +57,14 @@ def main(_: list[str]) -> None:
   model = build.build_model(config, data.categories)
   _, variables = checkpoints.restore_variables(workdir / "checkpoints")
   settings = prediction_settings(config)
-  caches = {
-    split: build.open_feature_cache(
+  features = {
+    split: caches.open_feature_cache(
       config, workdir, model, variables, data.splits[split], split=split
     )
     for split in ("train", "val")
   }
   x, tags = mean_features(
-    model, variables, data.splits["train"], store, settings, caches["train"]
+    model, variables, data.splits["train"], store, settings, features["train"]
   )
   params = train_classifier(x, tags, steps=_STEPS.value, seed=config.seed)
   num_things = data.categories.num_things
@@ -82,7 +82,7 @@ def main(_: list[str]) -> None:
     data.splits["train"],
     store,
     settings=settings,
-    cache=caches["train"],
+    cache=features["train"],
   )
   result = evaluate(
     predict(
@@ -92,7 +92,7 @@ def main(_: list[str]) -> None:
       calibration=calibration,
       num_things=num_things,
       settings=settings,
-      cache=caches["val"],
+      cache=features["val"],
     ),
     data.splits["val"],
     data.categories,
