@@ -40,14 +40,13 @@ def get_config() -> ml_collections.ConfigDict:
   c.data.shapes.num_val = 120
   c.data.shapes.side = 160
   # Each step draws one canvas; images are scaled into it. Section 4.1: short
-  # sides 480 to 1216 by 32; here twelve of them, at 3 : 4 both ways.
+  # sides 480 to 1216 by 32; here twelve of them, at 3 : 4 both ways, the long
+  # side a multiple of 32, too.
   c.data.canvases = tuple(
     canvas
     for short in (*range(480, 1184, 64), 1216)
-    for canvas in (
-      (short, -(-short * 4 // 3) // 32 * 32),
-      (-(-short * 4 // 3) // 32 * 32, short),
-    )
+    for long in (-(-short * 4 // 96) * 32,)
+    for canvas in ((short, long), (long, short))
   )
   c.data.flip = True  # the authors' code does; section 4.1: at test time
   # Parts of the images are shown, whose height and width are each at least this
@@ -90,7 +89,9 @@ def get_config() -> ml_collections.ConfigDict:
   c.backbone.freeze = "all"
   c.backbone.cache = True  # features of a fully frozen backbone, on disk
   c.backbone.cache_dir = ""  # default WORKDIR/features
-  c.backbone.cache_gib = 20.0  # above this size nothing is cached
+  # Of a split's features, for training or for evaluation: if they take more,
+  # they are computed every time.
+  c.backbone.cache_gib = 20.0
 
   # Proposal features (section 3.3).
   c.pooling = ml_collections.ConfigDict()
@@ -124,10 +125,11 @@ def get_config() -> ml_collections.ConfigDict:
   # Mining, see jtsm_jax.mining.labels.mine.
   c.mining = ml_collections.ConfigDict()
   c.mining.segments_per_thing = 1
-  c.mining.segments_per_stuff = 3
+  c.mining.segments_per_stuff = 3  # connected components are instances, too
   c.mining.score_ratio = 0.5
   c.mining.foreground_iou = 0.5
   c.mining.background_iou = (0.0, 0.5)
+  c.mining.iou_kind = "masks"  # of segments; "boxes" in the authors' code
 
   # Segmentation branches (section 3.4, Table 2).
   c.instance = ml_collections.ConfigDict()

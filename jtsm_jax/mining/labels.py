@@ -27,6 +27,7 @@ def mine(
   score_ratio: float = 0.5,
   foreground_iou: float = 0.5,
   background_iou: tuple[float, float] = (0.0, 0.5),
+  iou_kind: str = "masks",
 ) -> Mined:
   """Mines the segments of the tagged classes and labels all proposals by them.
 
@@ -35,7 +36,7 @@ def mine(
   shares no pixel with the earlier ones of its class, if its score is at least
   `score_ratio` of the first.
 
-  A proposal whose mask IoU with its nearest mined segment is at least
+  A proposal whose IoU with its nearest mined segment is at least
   `foreground_iou` takes that segment's class; one whose IoU lies in
   `background_iou` is background; any other is ignored. Its weight is the image
   score y of the nearest segment's class; where it touches none, the largest y
@@ -45,8 +46,8 @@ def mine(
     scores: [B, P, K] float32, or [B, P, K + 1] with a background column that is
       not looked at.
     image_scores: [B, K] float32, y.
-    batch: tags, superpixels, membership and valid are read. A proposal without
-      a pixel takes no part.
+    batch: tags, superpixels, membership, boxes and valid are read. A proposal
+      without a pixel takes no part.
     num_things: T; classes from T on are stuff.
     num_slots: M, mined segments kept per image; the best-scored ones if there
       are more, the first segment of each class before all others.
@@ -55,6 +56,7 @@ def mine(
     score_ratio: see above.
     foreground_iou: see above.
     background_iou: half-open interval [low, high).
+    iou_kind: whose IoU it is: of "masks" or of "boxes".
 
   Returns:
     The mined segments and the pseudo labels.
@@ -69,6 +71,7 @@ def mine(
     score_ratio=score_ratio,
     foreground_iou=foreground_iou,
     background_iou=background_iou,
+    iou_kind=iou_kind,
   )
   count = batch.membership.shape[2]
   areas = jax.vmap(lambda s: superpixel_areas(s, count))(batch.superpixels)
@@ -78,6 +81,7 @@ def mine(
     batch.tags,
     areas,
     batch.membership,
+    batch.boxes,
     batch.valid,
   )
 
@@ -88,6 +92,7 @@ def _mine_image(
   tags,
   areas,
   membership,
+  boxes,
   valid,
   *,
   num_things,
@@ -97,6 +102,7 @@ def _mine_image(
   score_ratio,
   foreground_iou,
   background_iou,
+  iou_kind,
 ):
   _num_proposals, num_classes = scores.shape
   members = membership.astype(jnp.float32)
@@ -142,8 +148,11 @@ def _mine_image(
   category = jnp.pad(categories.reshape(-1)[slots], pad)
   slot_valid = jnp.pad(rank > -jnp.inf, pad)
 
-  # Nearest segment of each proposal, by mask IoU from superpixel areas.
-  overlap = segment_iou(members, areas, proposal)  # [M, P]
+  # Nearest segment of each proposal.
+  if iou_kind == "boxes":
+    overlap = _box_iou(boxes[proposal], boxes)  # [M, P]
+  else:
+    overlap = segment_iou(members, areas, proposal)
   overlap = jnp.where(slot_valid[:, None], overlap, -1.0)
   slot = overlap.argmax(0)
   best_overlap = overlap.max(0)
@@ -184,6 +193,16 @@ def segment_iou(
   intersection = _count(members[proposal] * areas, members)
   union = size[proposal][:, None] + size[None, :] - intersection
   return intersection / jnp.maximum(union, 1.0)
+
+
+def _box_iou(a: jax.Array, b: jax.Array) -> jax.Array:
+  """IoU of boxes [M, 4] (y0, x0, y1, x1) with [P, 4]: [M, P]."""
+  a = a[:, None]
+  low = jnp.maximum(a[..., :2], b[:, :2])
+  high = jnp.minimum(a[..., 2:], b[:, 2:])
+  intersection = jnp.maximum(high - low, 0).prod(-1)
+  areas = [(x[..., 2:] - x[..., :2]).prod(-1) for x in (a, b)]
+  return intersection / (areas[0] + areas[1] - intersection)
 
 
 def _count(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -309,6 +309,7 @@ def mining_settings(
     score_ratio=c.score_ratio,
     foreground_iou=c.foreground_iou,
     background_iou=tuple(c.background_iou),
+    iou_kind=c.iou_kind,
   )
 
 

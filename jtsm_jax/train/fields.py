@@ -62,6 +62,7 @@ CHOICES = {
   "pooling.compensation": ("bins", "official", "features", ""),
   "pooling.availability": ("any", "coverage"),
   "pooling.reduce": ("flatten", "mean"),
+  "mining.iou_kind": ("masks", "boxes"),
   "reestimation.init": ("segment", "rectangle", "none"),
   "losses.mil_reduction": ("sum", "mean"),
   "losses.refinement_reduction": ("mean", "sum"),

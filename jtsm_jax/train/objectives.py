@@ -38,6 +38,7 @@ class MiningSettings:
   score_ratio: float = 0.5
   foreground_iou: float = 0.5
   background_iou: tuple[float, float] = (0.0, 0.5)
+  iou_kind: str = "masks"
 
 
 @dataclasses.dataclass(frozen=True)

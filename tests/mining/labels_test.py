@@ -19,6 +19,7 @@ def _loop_mine(
   image_scores,
   tags,
   masks,
+  boxes,
   valid,
   *,
   num_things=T,
@@ -28,6 +29,7 @@ def _loop_mine(
   score_ratio=0.5,
   foreground_iou=0.5,
   background_iou=(0.0, 0.5),
+  iou_kind="masks",
 ):
   """One image; masks [P, H, W]. Returns slots and (label, weight, slot)."""
   num_classes = len(tags)
@@ -57,8 +59,11 @@ def _loop_mine(
   for p in range(len(scores)):
     nearest, nearest_iou = 0, -1.0
     for m, (q, _, _) in enumerate(slots):
-      union = (masks[p] | masks[q]).sum()
-      iou = (masks[p] & masks[q]).sum() / union if union else 0.0
+      a, b = masks[p], masks[q]
+      if iou_kind == "boxes":
+        a, b = (_filled(boxes[i]) for i in (p, q))
+      union = (a | b).sum()
+      iou = (a & b).sum() / union if union else 0.0
       if iou > nearest_iou:
         nearest, nearest_iou = m, iou
     foreground = nearest_iou >= foreground_iou
@@ -72,6 +77,20 @@ def _loop_mine(
     label = slots[nearest][1] if foreground else num_classes
     rows.append((label, weight, nearest))
   return slots, rows
+
+
+def _filled(box):
+  mask = np.zeros((8, 10), bool)
+  y0, x0, y1, x1 = box.astype(int)
+  mask[y0:y1, x0:x1] = True
+  return mask
+
+
+def _random_boxes(rng, batch_size):
+  """Boxes on 8 x 10 pixels, whole numbers, not those of the masks."""
+  start = rng.integers(0, (7, 9), (batch_size, P, 2))
+  end = rng.integers(start + 1, (9, 11))
+  return np.concatenate([start, end], -1).astype(np.float32)
 
 
 def _random_batch(rng, *, batch_size=2):
@@ -97,7 +116,7 @@ def _random_batch(rng, *, batch_size=2):
     tags=tags,
     superpixels=superpixels.astype(np.int32),
     member_bits=pack_members(membership),
-    boxes=np.zeros((batch_size, P, 4), np.float32),
+    boxes=_random_boxes(rng, batch_size),
     valid=rng.random((batch_size, P)) < 0.85,
   )
 
@@ -126,6 +145,8 @@ def _masks(batch, b):
     {"segments_per_thing": 2, "segments_per_stuff": 1, "score_ratio": 0.0},
     {"segments_per_stuff": 4, "score_ratio": 0.9, "num_slots": 12},
     {"foreground_iou": 0.6, "background_iou": (0.1, 0.3)},
+    {"iou_kind": "boxes"},
+    {"iou_kind": "boxes", "background_iou": (0.1, 0.3), "foreground_iou": 0.4},
   ],
 )
 def test_equals_the_loops(options):
@@ -143,6 +164,7 @@ def test_equals_the_loops(options):
         image_scores[b],
         batch.tags[b],
         _masks(batch, b),
+        batch.boxes[b],
         batch.valid[b],
         **options,
       )

@@ -102,25 +102,7 @@ def test_a_detector_draws_no_outlines():
   assert prediction_settings(config).outline_rounds == 0
 
 
-def test_rows_of_the_paper():
-  def config(name, *arguments):
-    return importlib.import_module(f"configs.{name}").get_config(*arguments)
-
-  assert config("voc2012_panoptic").train.steps == 100_000
-  assert config("coco_detection").train.steps == 400_000
-  assert config("voc2012_panoptic", "authors").train.steps == 50_000
-  assert config("coco_instance", "authors").train.boundaries == (
-    140_000,
-    200_000,
-  )
-  assert config("voc2007_detection", "resnet50_ws").backbone.depth == 50
-  assert config("voc2007_detection").evaluation.voc_metric == "11point"
-  assert config("ablations", "refinements_0").heads.num_refinements == 0
-  shorts = {min(canvas) for canvas in base.get_config().data.canvases}
-  assert (min(shorts), max(shorts)) == (480, 1216)
-
-
-def test_base_is_the_paper():
+def test_layers_of_the_paper():
   model, params = _params(base.get_config())
   heads = {k: v["kernel"].shape[1] for k, v in params["heads"].items()}
   assert heads == {
