@@ -44,9 +44,10 @@ def open_feature_cache(
   source: RecordSource,
   *,
   split: str,
+  learning: bool = False,
 ) -> FeatureCache | None:
   """The cache of a split; None where `caches_features` says no."""
-  size = _feature_bytes(config, model, variables, source, split=split)
+  size = _feature_bytes(config, model, variables, source, learning=learning)
   if size is None:
     return None
   if size > config.backbone.cache_gib * 2**30:
@@ -76,30 +77,32 @@ def caches_features(
   variables: Any,
   source: RecordSource,
   *,
-  split: str,
+  learning: bool = False,
 ) -> bool:
   """Whether a split's features stay the same and fit on the disk.
+
+  A cache keeps float16, so this decides what a training learns from. Of its
+  own canvases alone: those of the evaluation may change between two runs.
 
   Args:
     config: see configs/base.py.
     model: the model.
     variables: what `model.apply` takes; shapes are enough.
     source: the split.
-    split: its name.
+    learning: on the canvases that a training draws from; else on those that an
+      evaluation views.
   """
-  size = _feature_bytes(config, model, variables, source, split=split)
+  size = _feature_bytes(config, model, variables, source, learning=learning)
   return size is not None and size <= config.backbone.cache_gib * 2**30
 
 
-def _feature_bytes(config, model, variables, source, *, split) -> int | None:
-  """Of a split's features on disk; None where they do not stay the same."""
+def _feature_bytes(config, model, variables, source, *, learning) -> int | None:
+  """Of features on disk; None where they do not stay the same."""
   if not (config.backbone.cache and config.backbone.freeze == "all"):
     return None
-  sizes = set(fields.canvases(config, "evaluation"))
-  if split == "train":
-    if config.data.colour_factor != 1 or config.data.crop != 1:
-      return None  # every step sees other colours or other parts
-    sizes |= set(fields.canvases(config, "data"))
+  if learning and (config.data.colour_factor != 1 or config.data.crop != 1):
+    return None  # every step sees other colours or other parts
+  canvases = fields.canvases(config, "data" if learning else "evaluation")
   return cache_bytes(
-    model, variables, canvases=tuple(sizes), num_images=len(source)
+    model, variables, canvases=tuple(set(canvases)), num_images=len(source)
   )

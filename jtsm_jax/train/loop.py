@@ -144,7 +144,13 @@ def train(
     def open_cache() -> FeatureCache | None:
       variables = to_host(state.variables)
       return caches.open_feature_cache(
-        config, workdir, model, variables, source, split="train"
+        config,
+        workdir,
+        model,
+        variables,
+        source,
+        split="train",
+        learning=True,
       )
 
     def call(part: Callable, variables: Any, batch: Batch, *rest: Any) -> Any:

@@ -118,7 +118,7 @@ def estimate_mining(run: Setup, *, platform: str | None = None) -> Estimate:
     batch = jax.eval_shape(run.extract_features, state.variables, images)
     batch = _placed(run, batch)
     if caches.caches_features(
-      run.config, model, run.abstract, run.source, split="train"
+      run.config, model, run.abstract, run.source, learning=True
     ):
       features = _shape(batch.features.shape, feature_cache.DTYPE)
       batch = batch.replace(features=_placed(run, features))

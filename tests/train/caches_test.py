@@ -29,12 +29,15 @@ def model(data):
   return model, jax.jit(model.init)(jax.random.key(0), batch)
 
 
-def _open(data, model, workdir, *, split="train", **fields):
+def _open(data, model, workdir, *, split="train", learning=None, **fields):
   config = tiny.get_config("frozen")
   config.update_from_flattened_dict(fields)
   args = config, model[0], model[1], data.splits[split]
-  says = caches.caches_features(*args, split=split)
-  found = caches.open_feature_cache(config, workdir, *args[1:], split=split)
+  learning = split == "train" if learning is None else learning
+  says = caches.caches_features(*args, learning=learning)
+  found = caches.open_feature_cache(
+    config, workdir, *args[1:], split=split, learning=learning
+  )
   assert says == (found is not None)
   return found
 
@@ -80,6 +83,21 @@ def test_features_larger_than_allowed_are_computed_every_time(
   field = {"backbone.cache_gib": 1e-6}
   assert _open(data, model, tmp_path, **field) is None
   assert "cache_gib = 0.0: they are computed every time" in caplog.text
+
+
+def test_what_is_learned_from_does_not_depend_on_the_evaluation(
+  data, model, tmp_path
+):
+  # A cache keeps float16: with it a training learns from other numbers.
+  fields = {
+    "evaluation.canvases": ((6400, 6400),),
+    "backbone.cache_gib": 0.01,
+  }
+  assert _open(data, model, tmp_path, **fields) is not None
+  assert _open(data, model, tmp_path, **fields, learning=False) is None
+  fields["data.canvases"] = fields.pop("evaluation.canvases")
+  assert _open(data, model, tmp_path, **fields) is None
+  assert _open(data, model, tmp_path, **fields, learning=False) is not None
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
