@@ -1,4 +1,4 @@
-"""The instance branch: shapes, and that it sees its box alone."""
+"""The instance branch: layers, values, and that it sees its box alone."""
 
 import flax.linen as nn
 import jax
@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels as pk
 from jtsm_jax.models.instance_branch import (
   MASK_SIZE,
   Deconvolution,
@@ -60,6 +61,39 @@ def test_logits_of_a_box_depend_on_its_cells_only():
     found[0, 0] / scale, found[1, 1] / scale, atol=1e-5
   )
   assert np.abs(found[0, 0] - found[0, 1]).max() > 0.1 * scale
+
+
+def test_equals_its_layers_one_by_one():
+  rng = np.random.default_rng(3)
+  features = rng.normal(size=(1, 9, 9, 5)).astype(np.float32)
+  boxes = np.array([[[12, 20, 36, 44], [0, 0, 72, 72]]], np.float32)
+  variables = _variables(BRANCH, features, boxes)
+  found = jax.jit(BRANCH.apply)(variables, features, boxes)
+  layers = variables["params"]
+  with jax.default_matmul_precision("highest"):
+    x = pk.roi_align(features[0], boxes[0], stride=8, output_size=(14, 14))
+    x = np.asarray(x, np.float64)
+    for name in ("conv1", "conv2"):
+      kernel = layers[name]["kernel"]  # [3, 3, C, D]
+      padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+      x = layers[name]["bias"] + sum(
+        padded[:, dy : dy + 14, dx : dx + 14] @ kernel[dy, dx]
+        for dy in range(3)
+        for dx in range(3)
+      )
+      assert 0.2 < (x < 0).mean() < 0.8
+      x = np.maximum(x, 0)
+  # Cell (2 y + dy, 2 x + dx) has the weights [1 - dy, 1 - dx]: flax flips them.
+  wide = np.zeros((2, 28, 28, 4))
+  for dy in range(2):
+    for dx in range(2):
+      kernel = layers["deconv"]["kernel"][1 - dy, 1 - dx]
+      wide[:, dy::2, dx::2] = x @ kernel + layers["deconv"]["bias"]
+  assert 0.2 < (wide < 0).mean() < 0.8
+  last = layers["predictor"]
+  wanted = np.maximum(wide, 0) @ last["kernel"] + last["bias"]
+  scale = np.abs(wanted).max()
+  np.testing.assert_allclose(found[0] / scale, wanted / scale, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 7, 5), (1, 1, 1, 1)])
