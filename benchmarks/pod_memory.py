@@ -4,7 +4,7 @@
 
 Estimated from the shapes, as a training does before its first step: nothing is
 compiled, and no accelerator is needed. 4,000 proposals, images of up to
-1,216 x 1,600 pixels, both branches; the largest canvas counts.
+1,216 x 1,632 pixels, both branches; the largest canvas counts.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def main() -> None:
   """Measures every canvas."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--output", type=pathlib.Path, required=True)
-  parser.add_argument("--canvases", nargs="*", default=("688x928", "1216x1600"))
+  parser.add_argument("--canvases", nargs="*", default=("688x928", "1216x1632"))
   parser.add_argument("--proposals", type=int, default=4000)
   parser.add_argument("--batch", type=int, default=4)
   parser.add_argument("--accumulation", type=int, default=1)

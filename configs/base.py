@@ -98,6 +98,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Table 1: or "tps" (shape-interpolation MoIPool), "roi", "roi_align".
   c.pooling.kind = "moi"
   c.pooling.output_size = (7, 7)
+  # Of RoIAlign, also the instance branch's: points of a bin along each axis; 0
+  # = as many as it has cells (authors' code).
+  c.pooling.sampling_ratio = 2
   c.pooling.compensation = "bins"  # Eq. 7: "bins", "official", "features", ""
   c.pooling.availability = "any"  # Eq. 6: "any" or "coverage"
   c.pooling.reduce = "flatten"  # "mean" ties linear heads over the bins

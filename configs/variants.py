@@ -13,9 +13,8 @@ that code it has not:
 - masks that GrabCut makes of ten boxes of a class, each proposal learning from
   the nearest; pseudo masks of stuff from S^MIL, with all the rest as things;
 - the second mask head that learns from the first; all foreground proposals in
-  Eq. 9 (64 an image are drawn here); RoIAlign with as many samples as a bin has
-  cells (2 x 2 here); on COCO one convolution of 128 channels with group norm in
-  the semantic branch (two of 256 here);
+  Eq. 9 (64 an image are drawn here); on COCO one convolution of 128 channels
+  with group norm in the semantic branch (two of 256 here);
 - 24 training sizes (12 here), sides that keep each image's aspect, brightness
   and blending in place of HSV;
 - a stuff segment's least area of 4,096 pixels in an image of any size.
@@ -49,6 +48,7 @@ def _authors(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   c.data.crop = 0.9
   c.data.annotation_source = "sbd"
   c.pooling.compensation = "official"
+  c.pooling.sampling_ratio = 0
   c.mining.segments_per_stuff = 1
   c.mining.iou_kind = "boxes"
   c.semantic.enabled = is_coco  # on VOC, stuff is what no instance claims

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,7 @@ class InstanceBranch(nn.Module):
     channels: of the convolutions; the paper has 256.
     num_convs: the paper has 4.
     stride: pixels per cell of the feature map.
+    sampling_ratio: of RoIAlign, see `pallas_kernels.roi_align`.
     dtype: of products; parameters are float32.
   """
 
@@ -61,6 +64,7 @@ class InstanceBranch(nn.Module):
   channels: int = 256
   num_convs: int = 4
   stride: int = 8
+  sampling_ratio: int | None = 2
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
@@ -74,9 +78,13 @@ class InstanceBranch(nn.Module):
     Returns:
       [B, N, 28, 28, T] float32 logits in the frame of each box.
     """
-    x = jax.vmap(
-      lambda f, b: pk.roi_align(f, b, stride=self.stride, output_size=(14, 14))
-    )(features, boxes)
+    align = functools.partial(
+      pk.roi_align,
+      stride=self.stride,
+      output_size=(14, 14),
+      sampling_ratio=self.sampling_ratio,
+    )
+    x = jax.vmap(align)(features, boxes)
     lead = x.shape[:2]
     x = x.reshape(-1, *x.shape[2:])
     init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")

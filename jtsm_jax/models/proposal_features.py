@@ -39,6 +39,7 @@ class ProposalFeatures(nn.Module):
       constants that calibration sets.
     size_exponents: scale the pooled part and the averaged part by the
       proposal's share of the image to this power; 0 hides the size.
+    sampling_ratio: of RoIAlign, see `pallas_kernels.roi_align`.
     dtype: of the result; means, spreads and shares are float32.
   """
 
@@ -51,6 +52,7 @@ class ProposalFeatures(nn.Module):
   average: bool = False
   center: bool = False
   size_exponents: tuple[float, float] = (0.0, 0.0)
+  sampling_ratio: int | None = 2
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
@@ -119,7 +121,11 @@ class ProposalFeatures(nn.Module):
         pooled = pk.roi_pool(features, grid, output_size=self.output_size)
       elif self.pooling == "roi_align":
         pooled = pk.roi_align(
-          features, boxes, stride=self.stride, output_size=self.output_size
+          features,
+          boxes,
+          stride=self.stride,
+          output_size=self.output_size,
+          sampling_ratio=self.sampling_ratio,
         )
       else:
         raise ValueError(

@@ -67,6 +67,7 @@ def build_model(
     normalise = efficientnet_lite.normalise
   num_things = categories.num_things
   num_stuff = len(categories) - num_things
+  sampling_ratio = config.pooling.sampling_ratio or None
   return JTSM(
     extractor=FeatureExtractor(
       backbone=backbone,
@@ -87,6 +88,7 @@ def build_model(
       average=config.pooling.average,
       center=config.pooling.center,
       size_exponents=tuple(config.pooling.size_exponents),
+      sampling_ratio=sampling_ratio,
       dtype=dtype,
     ),
     neck=Neck(
@@ -108,6 +110,7 @@ def build_model(
       channels=config.instance.channels,
       num_convs=config.instance.num_convs,
       stride=b.stride,
+      sampling_ratio=sampling_ratio,
       dtype=dtype,
     )
     if config.instance.enabled and num_things and config.task != "detection"

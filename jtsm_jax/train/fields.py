@@ -150,6 +150,11 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
     value = operator.attrgetter(field)(config)
     if value < 1:
       raise InputError(f"config.{field} is {value}; wanted at least 1")
+  if config.pooling.sampling_ratio < 0:
+    raise InputError(
+      f"config.pooling.sampling_ratio is {config.pooling.sampling_ratio}; "
+      "wanted a number of points, or 0 for as many as a bin has cells"
+    )
   for field in ("evaluate_every", "images_every"):
     if config.train[field] < 0:
       raise InputError(

@@ -63,15 +63,23 @@ def test_logits_of_a_box_depend_on_its_cells_only():
   assert np.abs(found[0, 0] - found[0, 1]).max() > 0.1 * scale
 
 
-def test_equals_its_layers_one_by_one():
+@pytest.mark.parametrize("ratio", [2, None])
+def test_equals_its_layers_one_by_one(ratio):
   rng = np.random.default_rng(3)
   features = rng.normal(size=(1, 9, 9, 5)).astype(np.float32)
   boxes = np.array([[[12, 20, 36, 44], [0, 0, 72, 72]]], np.float32)
   variables = _variables(BRANCH, features, boxes)
-  found = jax.jit(BRANCH.apply)(variables, features, boxes)
+  branch = BRANCH.clone(sampling_ratio=ratio)
+  found = jax.jit(branch.apply)(variables, features, boxes)
   layers = variables["params"]
   with jax.default_matmul_precision("highest"):
-    x = pk.roi_align(features[0], boxes[0], stride=8, output_size=(14, 14))
+    x = pk.roi_align(
+      features[0],
+      boxes[0],
+      stride=8,
+      output_size=(14, 14),
+      sampling_ratio=ratio,
+    )
     x = np.asarray(x, np.float64)
     for name in ("conv1", "conv2"):
       kernel = layers[name]["kernel"]  # [3, 3, C, D]

@@ -118,6 +118,30 @@ def test_roi_align_of_a_constant_map():
   np.testing.assert_allclose(found, np.full((2, tiny.P, 12), 7.0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("ratio", [2, None])
+def test_roi_align_takes_as_many_points_as_it_is_told(ratio):
+  module = ProposalFeatures(
+    stride=tiny.STRIDE,
+    output_size=(2, 2),
+    pooling="roi_align",
+    sampling_ratio=ratio,
+  )
+  found = module.apply({}, FEATURES, BATCH)
+  boxes = np.asarray(BATCH.boxes).copy()
+  wanted = [
+    pk.roi_align(
+      FEATURES[b],
+      boxes[b],
+      stride=tiny.STRIDE,
+      output_size=(2, 2),
+      sampling_ratio=ratio,
+    )
+    for b in range(2)
+  ]
+  wanted = np.stack(wanted).reshape(found.shape)
+  np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_centring_subtracts_and_divides_before_the_size():
   plain = np.asarray(_apply(average=True))
   rng = np.random.default_rng(6)

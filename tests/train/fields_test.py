@@ -46,6 +46,7 @@ from jtsm_jax.types import InputError
         "reestimation.longest_side",
       )
     ],
+    ("pooling.sampling_ratio", -1, "is -1; wanted a number of points, or 0"),
     ("train.evaluate_every", -1, "is -1; wanted a number of steps, or 0 for n"),
     ("train.images_every", -1, "images_every is -1; wanted a number of steps"),
     *[
