@@ -12,6 +12,7 @@ evaluate. A run that was stopped goes on where it was.
 import contextlib
 import errno
 import multiprocessing
+import operator
 import os
 import pathlib
 import re
@@ -105,7 +106,7 @@ _DISK_FAULTS = (  # other errors of the system are bugs
   errno.EPERM,
   errno.EROFS,
 )
-_AGAIN = 3  # seconds after which a SIGTERM that was not heeded is raised again
+_AGAIN = 3  # seconds after which a signal that was not heeded is raised again
 
 
 def main(argv: list[str]) -> None:
@@ -148,13 +149,21 @@ def main(argv: list[str]) -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax and TFDS tell too much
   sys.stdout.reconfigure(line_buffering=True)  # in order, in a log file too
-  terminated = _terminate_as_interrupt() if _stops_well() else []
+  received = []
+  if not _DISTRIBUTED.value:  # jax.distributed listens itself
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    received = _interrupt_at(*(numbers if _stops_well() else numbers[:1]))
   try:
-    # Late, so that --help and a wrong flag answer at once.
-    from jtsm_jax import distributed, run
-    from jtsm_jax.train.stopping import Stopped
-    from jtsm_jax.types import InputError
+    _import_what_runs()
+  except KeyboardInterrupt:
+    _stop_at_once(received)
+  except ImportError as error:
+    _fail(f"{error}; `make install` brings what is needed")
+  from jtsm_jax import distributed, run
+  from jtsm_jax.train.stopping import Stopped
+  from jtsm_jax.types import InputError
 
+  try:
     if _DISTRIBUTED.value:
       distributed.start(*by_hand)
     run.run(
@@ -169,15 +178,9 @@ def main(argv: list[str]) -> None:
     )
     if _stops_well():  # all is done, also if one comes while Python ends
       signal.signal(signal.SIGTERM, signal.SIG_IGN)
-      signal.alarm(0)
+    signal.alarm(0)
   except KeyboardInterrupt:
-    print(
-      "\nstopped; the same command goes on from what is on disk",
-      file=sys.stderr,
-    )
-    # Threads that still save would only complain. What is on disk is whole at
-    # any time.
-    _exit_at_once(0 if terminated else 130)
+    _stop_at_once(received)
   except InputError as error:
     _tell(str(error))
     _exit_at_once(2)
@@ -196,6 +199,23 @@ def main(argv: list[str]) -> None:
   except Stopped as stopped:
     print("\nstopped and saved; the same command goes on from here")
     _exit_at_once(130 if stopped.signal == signal.SIGINT else 0)
+
+
+def _import_what_runs() -> None:
+  """Late, so that --help and a wrong flag answer at once."""
+  from jtsm_jax import distributed, run
+
+  del distributed, run
+
+
+def _stop_at_once(received: list[int]) -> NoReturn:
+  print(
+    "\nstopped; the same command goes on from what is on disk",
+    file=sys.stderr,
+  )
+  # Threads that still save would only complain. What is on disk is whole at any
+  # time.
+  _exit_at_once(0 if received == [signal.SIGTERM] else 130)
 
 
 def _exit_at_once(code: int) -> NoReturn:
@@ -221,8 +241,8 @@ def _stops_well() -> bool:
   return _MODE.value in ("all", "train") and not _DISTRIBUTED.value
 
 
-def _terminate_as_interrupt() -> list[int]:
-  """Makes SIGTERM raise KeyboardInterrupt; the list tells that it did."""
+def _interrupt_at(*numbers: int) -> list[int]:
+  """Makes signals raise KeyboardInterrupt; the list tells the first of them."""
   received = []
 
   def interrupt(number: int, frame: object) -> NoReturn:
@@ -238,7 +258,7 @@ def _terminate_as_interrupt() -> list[int]:
     if unraisable.exc_type is not KeyboardInterrupt:
       sys.__unraisablehook__(unraisable)
 
-  for number in (signal.SIGTERM, signal.SIGALRM):
+  for number in (*numbers, signal.SIGALRM):
     signal.signal(number, interrupt)
   sys.unraisablehook = tell_unraisable
   return received
@@ -260,6 +280,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     rest = flags.FLAGS(argv)
     if _CONFIG.value is not None:
       _CONFIG.value.lock()  # raises what went wrong when the file was loaded
+      _check_repeated(argv)
     return rest
   except OSError as error:
     reason = str(error).splitlines()[-1].strip()
@@ -270,8 +291,24 @@ def _parse_flags(argv: list[str]) -> list[str]:
     reason = " ".join(str(error.args[0]).split())
     what = "no such field: " if isinstance(error, KeyError) else ""
     _fail(f"--config: {what}{reason}; see configs/base.py")
+  except (ImportError, SyntaxError) as error:
+    _fail(f"the file of --config cannot be loaded: {error}")
   except (flags.Error, TypeError) as error:
-    _fail(f"{error}; see --help and configs/base.py")
+    reason = str(error)
+    if "Traceback" in reason:  # of a file of --config
+      reason = f"--config: {reason.strip().splitlines()[-1]}"
+    _fail(f"{reason}; see --help and configs/base.py")
+
+
+def _check_repeated(argv: list[str]) -> None:
+  """Of a field that is a tuple, two flags would be put together."""
+  names = [a.split("=")[0].lstrip("-") for a in argv if a.startswith("--")]
+  for name in names:
+    field = name.removeprefix("config.")
+    if field == name or names.count(name) == 1:
+      continue
+    if isinstance(operator.attrgetter(field)(_CONFIG.value), tuple):
+      _fail(f"--{name} is given {names.count(name)} times; give it once")
 
 
 def _fail(message: str) -> NoReturn:

@@ -60,7 +60,7 @@ TABLES = {
 }
 
 
-def get_config(row: str) -> ml_collections.ConfigDict:
+def get_config(row: str = "") -> ml_collections.ConfigDict:
   """configs/voc2012_panoptic.py with the fields of a row.
 
   Raises:

@@ -277,4 +277,4 @@ def get_config() -> ml_collections.ConfigDict:
   c.report = ml_collections.ConfigDict()
   c.report.images = 200  # validation images; the worst, and some of the others
   c.report.train_images = 24  # whose mined segments are shown
-  return c
+  return c.lock()  # a misspelt field is an error, not a new one
