@@ -141,11 +141,14 @@ def run(
       f"{workdir / 'checkpoints'}: there are no checkpoints; train first "
       "(--mode=train), or check --workdir"
     )
-  fields.check_fields(config)  # wrong ones now, not after the proposals
+  # What is wrong is told now, not after the proposals.
+  fields.check_fields(config)
+  config = _with_absolute_paths(config)
   if not _is_trained(workdir):
     fields.check_schedule(config)
+    if mode in ("all", "train"):
+      _check_start(config)
   _keep_compiled_programs()
-  config = _with_absolute_paths(config)
   config = claim_workdir(workdir, config)
   if mode == "predict":
     return predict_images(config, workdir, images)
@@ -285,6 +288,13 @@ def _with_absolute_paths(config: Config) -> Config:
     {f: absolute_path(value) for f, value in values.items() if value}
   )
   return config
+
+
+def _check_start(config: Config) -> None:
+  if config.train.init_from:  # perhaps with the backbone
+    checkpoints.checkpoint_at(pathlib.Path(config.train.init_from))
+  else:
+    fields.check_start(config)
 
 
 def _train(config, workdir, data, store, *, profile) -> None:

@@ -369,6 +369,39 @@ def test_a_schedule_is_checked_until_something_is_trained(
   run.run(config, tmp_path, mode="audit")
 
 
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    (
+      {"backbone.freeze": "all", "backbone.pretrained": ""},
+      r"config\.backbone: .*stays random",
+    ),
+    (
+      {"backbone.pretrained": "nothing.pth"},
+      r"config\.backbone\.pretrained: there is no file .*nothing\.pth",
+    ),
+    (
+      {"train.init_from": "nothing"},
+      "--init_from=.*nothing: there is no check",
+    ),
+  ],
+)
+@pytest.mark.parametrize("mode", ["all", "train"])
+def test_what_a_training_starts_with_is_looked_for_before_anything_is_made(
+  root, tmp_path, monkeypatch, fields, message, mode
+):
+  monkeypatch.chdir(tmp_path)
+  config = _config(root, "data0")
+  config.backbone.update(width=1.0, norm="frozen")
+  config.warm_up.steps = 0
+  config.update_from_flattened_dict(fields)
+  with pytest.raises(InputError, match=message):
+    run.run(config, tmp_path / "work", mode=mode)
+  assert not [*tmp_path.iterdir()]
+  # What needs no weights is done all the same.
+  run.run(config, tmp_path / "work", mode="audit")
+
+
 def test_settings_of_a_run_that_trains_stay(root, tmp_path, monkeypatch):
   config = _config(root, "data0")
   run.propose(config, tmp_path, prepared.open_prepared(config.data.prepared))

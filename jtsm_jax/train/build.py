@@ -27,7 +27,7 @@ from jtsm_jax.models.semantic_branch import SemanticBranch
 from jtsm_jax.train import fields
 from jtsm_jax.train.objectives import LossSettings, MiningSettings
 from jtsm_jax.train.schedule import make_optimizer, scaled_rate, step_decay
-from jtsm_jax.types import Categories, InputError
+from jtsm_jax.types import Categories
 
 
 def build_model(
@@ -159,12 +159,8 @@ def load_pretrained(
   """
   b = config.backbone
   if not b.pretrained:
-    if backbone_anew and b.freeze != "none" and not config.warm_up.steps:
-      raise InputError(
-        "config.backbone: without pretrained weights and without a tag warm-up "
-        f"a backbone frozen up to {b.freeze!r} stays random; set "
-        "backbone.freeze='none', or warm_up.steps, or backbone.pretrained"
-      )
+    if backbone_anew:
+      fields.check_random_backbone(config)
     return None
   fields.check_pretrained(b)
   if not (backbone_anew or neck_anew):

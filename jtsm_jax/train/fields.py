@@ -88,6 +88,25 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
         f"config.{field} is {value!r}; wanted one of "
         + ", ".join(map(repr, choices))
       )
+  for field, least in {
+    "train.batch_size": 1,
+    "train.log_every": 1,
+    "train.checkpoint_every": 1,
+    "train.keep_checkpoints": 1,
+    "train.calibration_images": 1,
+    "train.loader_threads": 1,
+    "train.loader_workers": 0,
+    "losses.mask_stride": 1,
+    "losses.instances_per_image": 1,
+    "reestimation.iterations": 1,
+    "reestimation.longest_side": 1,
+    "reestimation.threads": 0,
+    "proposals.num_workers": 0,
+    "evaluation.batch_size": 1,
+  }.items():
+    value = operator.attrgetter(field)(config)
+    if value < least:
+      raise InputError(f"config.{field} is {value}; wanted at least {least}")
   b = config.backbone
   if b.stride not in STRIDES[b.name]:
     raise InputError(
@@ -138,18 +157,6 @@ def check_fields(config: ml_collections.ConfigDict) -> None:
         f"config.{group}.proposal_block is {block}; wanted a multiple of 8, or "
         "0 for all proposals at once"
       )
-  for field in (
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.calibration_images",
-    "evaluation.batch_size",
-    "losses.instances_per_image",
-    "reestimation.iterations",
-    "reestimation.longest_side",
-  ):
-    value = operator.attrgetter(field)(config)
-    if value < 1:
-      raise InputError(f"config.{field} is {value}; wanted at least 1")
   if config.pooling.sampling_ratio < 0:
     raise InputError(
       f"config.pooling.sampling_ratio is {config.pooling.sampling_ratio}; "
@@ -216,6 +223,33 @@ def check_schedule(config: ml_collections.ConfigDict) -> None:
       f"config.train.steps is {steps}: the branches would never learn; make "
       f"reestimation.start less than {max(steps - lag, 0)}, or leave them out "
       "with instance.enabled=False and semantic.enabled=False"
+    )
+
+
+def check_start(config: ml_collections.ConfigDict) -> None:
+  """Looks whether there is what a training starts with, before the proposals.
+
+  Raises:
+    InputError: there is no such file, or the backbone would stay random.
+  """
+  b = config.backbone
+  if not b.pretrained:
+    check_random_backbone(config)
+  elif b.pretrained != "imagenet" and not pathlib.Path(b.pretrained).is_file():
+    raise InputError(
+      f"config.backbone.pretrained: there is no file {b.pretrained}; see "
+      "docs/pretrained.md"
+    )
+
+
+def check_random_backbone(config: ml_collections.ConfigDict) -> None:
+  """Raises InputError if a random backbone would stay as it is."""
+  b = config.backbone
+  if b.freeze != "none" and not config.warm_up.steps:
+    raise InputError(
+      "config.backbone: without pretrained weights and without a tag warm-up "
+      f"a backbone frozen up to {b.freeze!r} stays random; set "
+      "backbone.freeze='none', or warm_up.steps, or backbone.pretrained"
     )
 
 

@@ -38,12 +38,24 @@ from jtsm_jax.types import InputError
       (field, 0, rf"{field} is 0; wanted at least 1")
       for field in (
         "train.log_every",
+        "train.batch_size",
         "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.loader_threads",
+        "losses.mask_stride",
         "train.calibration_images",
         "evaluation.batch_size",
         "losses.instances_per_image",
         "reestimation.iterations",
         "reestimation.longest_side",
+      )
+    ],
+    *[
+      (field, -1, rf"{field} is -1; wanted at least 0")
+      for field in (
+        "proposals.num_workers",
+        "reestimation.threads",
+        "train.loader_workers",
       )
     ],
     ("pooling.sampling_ratio", -1, "is -1; wanted a number of points, or 0"),
