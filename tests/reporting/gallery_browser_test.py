@@ -48,7 +48,15 @@ METRICS = {
     EVIL: {"pq": 0, "sq": 0, "rq": 0, "tp": 0, "fp": 0, "fn": 0},
     "grass": {"pq": 60.0, "sq": 80, "rq": 75, "tp": 6, "fp": 2, "fn": 2},
   },
-  "semantic": {"miou": 33.3, "n": 2, "per_class": {"cow": {"iou": 44.4}}},
+  "semantic": {
+    "miou": 22.2,
+    "n": 2,
+    "per_class": {
+      "cow": {"iou": 44.4, "target_pixels": 90, "predicted_pixels": 80},
+      EVIL: {"iou": 0.0, "target_pixels": 0, "predicted_pixels": 0},
+      "grass": {"iou": 0.0, "target_pixels": 0, "predicted_pixels": 7},
+    },
+  },
   "voc": {"map50": 12.5, "per_class": {"cow": {"ap50": 12.5, "objects": 3}}},
 }
 
@@ -184,14 +192,14 @@ def test_figures(browser, page_file):
       ["PQ", "41.3"],
       ["PQ of things", "22.5"],
       ["PQ of stuff", "60.0"],
-      ["mIoU", "33.3"],
+      ["mIoU", "22.2"],
       ["AP of masks at IoU 0.5", "12.5"],
     ]
     rows = page.locator("#figures tbody tr")
     assert [r.split() for r in rows.all_inner_texts()] == [
       ["cow", "22.5", "75.0", "30.0", "44.4", "12.5", "3", "4", "10"],
       [*EVIL.split(), "–", "–", "–", "–", "–", "0", "0", "0"],
-      ["grass", "60.0", "80.0", "75.0", "–", "–", "6", "2", "2"],
+      ["grass", "60.0", "80.0", "75.0", "0.0", "–", "6", "2", "2"],
     ]
     widths = [
       bar.bounding_box()["width"] for bar in page.locator(".bar i").all()
