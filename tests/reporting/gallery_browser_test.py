@@ -104,6 +104,9 @@ def write(folder, *, images, metrics=METRICS):
     {"name": "loss/total", "points": [[50, 9.5], [100, 1.25]], "logged": 2},
     {"name": "loss/mil", "points": [[50, 4.0], [100, None]], "logged": 2},
     {"name": "val/pq", "points": [[100, 40.0]], "logged": 1},
+    {"name": "val/small", "points": [[50, -4.56e-6], [9e6, 0.0]], "logged": 2},
+    {"name": "val/rate", "points": [[50, 0.000673], [100, 0.0]], "logged": 2},
+    {"name": "val/large", "points": [[50, 123456789], [99, 0.0]], "logged": 2},
     {"name": EVIL, "points": [[50, None]], "logged": 1},
   ]
   gallery.write_page(
@@ -244,6 +247,18 @@ def test_curves_can_be_read_without_seeing_them(browser, page_file):
     box = chart.bounding_box()
     chart.hover(position={"x": box["width"] * 0.2, "y": 20})
     assert value.inner_text() == "step 50: 9.5"
+
+
+@pytest.mark.parametrize("settings", [DESKTOP, PHONE])
+def test_numbers_of_axes_are_whole(browser, page_file, settings):
+  with opened(browser, page_file, **settings) as page:
+    for chart in page.locator(".chart svg").all():
+      whole = chart.bounding_box()
+      for text in chart.locator("text").all():
+        box = text.bounding_box()
+        assert box["x"] >= whole["x"], text.inner_html()
+        end = whole["x"] + whole["width"]
+        assert box["x"] + box["width"] <= end, text.inner_html()
 
 
 def test_filter_sort_and_search(browser, page_file):
