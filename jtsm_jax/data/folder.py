@@ -379,8 +379,10 @@ def _read_classes(path: AnyPath) -> Categories:
         f"{path}: the class name {name!r} cannot be a tag; it must not be"
         " empty, begin or end with a space, or contain ';'"
       )
-  for field in ("id", "name"):
-    values = [entry[field] for entry in entries]
+  for field, values in {
+    "id": [entry["id"] for entry in entries],
+    "name": [composed(entry["name"]) for entry in entries],
+  }.items():
     repeated = sorted({v for v in values if values.count(v) > 1})
     if repeated:
       raise InputError(
@@ -405,7 +407,7 @@ def _read_tags(
   path: AnyPath, categories: Categories, *, need_tags: bool
 ) -> list[FolderEntry]:
   images = path.parent / "images"
-  index_of = {name: i for i, name in enumerate(categories.names)}
+  index_of = {composed(name): i for i, name in enumerate(categories.names)}
   entries, place_of, exists = [], {}, file_lookup()
   rows = _csv_rows(path) if path.suffix == ".csv" else _json_rows(path)
   for place, name, names in rows:
@@ -418,7 +420,7 @@ def _read_tags(
         f"{where}: image {name!r} is also in {place_of[file]}; keep one row"
       )
     place_of[file] = place
-    unknown = [tag for tag in names if tag not in index_of]
+    unknown = [tag for tag in names if composed(tag) not in index_of]
     if unknown:
       raise InputError(f"{where}: {_unknown_tag(unknown[0], categories)}")
     if need_tags and not names:
@@ -427,7 +429,7 @@ def _read_tags(
         " one: add it, remove the row, or, where it shows none of the classes,"
         " make a stuff class of what it shows, such as 'background'"
       )
-    tags = tuple(sorted({index_of[tag] for tag in names}))
+    tags = tuple(sorted({index_of[composed(tag)] for tag in names}))
     name = composed(name)
     entries.append(FolderEntry(_image_id(name), name, file, tags))
   return entries

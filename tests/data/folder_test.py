@@ -273,6 +273,24 @@ def test_names_match_however_unicode_spells_them(
     assert folder.folder_state(root) != state
 
 
+@pytest.mark.parametrize(
+  ("of_class", "of_tag"), [("NFC", "NFD"), ("NFD", "NFC")]
+)
+def test_tags_match_however_unicode_spells_them(root, of_class, of_tag):
+  name = unicodedata.normalize(of_class, "café")
+  tag = unicodedata.normalize(of_tag, "café")
+  classes([*CLASSES, {"id": 9, "name": name, "isthing": 0}])(root)
+  table(f"image,tags\na.jpg,sky;{tag}\n")(root)
+  json_table(root, "val", {"v.png": [tag]})
+  categories, train, val = folder.read_folder(root)
+  assert categories.names[3] == name
+  assert [e.tags for e in train + val] == [(SKY, 3), (3,)]
+  twins = [{"id": i, "name": x, "isthing": 0} for i, x in ((8, name), (9, tag))]
+  classes([*CLASSES, *twins])(root)
+  with pytest.raises(InputError, match="name 'café' occurs twice"):
+    folder.read_folder(root)
+
+
 @pytest.mark.parametrize("kind", ["grey", "grey16", "palette"])
 def test_labels(root, kind):
   add_labels(
