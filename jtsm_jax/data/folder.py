@@ -422,7 +422,11 @@ def _read_tags(
     place_of[file] = place
     unknown = [tag for tag in names if composed(tag) not in index_of]
     if unknown:
-      raise InputError(f"{where}: {_unknown_tag(unknown[0], categories)}")
+      known = ", ".join(categories.names)
+      raise InputError(
+        f"{where}: tag {unknown[0]!r} is no class"
+        f"{_tag_hint(unknown[0], path, categories)}; the classes are {known}"
+      )
     if need_tags and not names:
       raise InputError(
         f"{where}: image {name!r} has no tags; a training image needs at least"
@@ -492,10 +496,11 @@ def _no_image(images: AnyPath, name: str, where: str) -> InputError:
   )
 
 
-def _unknown_tag(tag: str, categories: Categories) -> str:
-  known = ", ".join(categories.names)
-  hint = _hint(tag, list(categories.names))
-  return f"tag {tag!r} is no class{hint}; the classes are {known}"
+def _tag_hint(tag: str, path: AnyPath, categories: Categories) -> str:
+  # Spreadsheets put such a cell into quotes, so it is one value.
+  if path.suffix == ".csv" and "," in tag:
+    return "; separate the tags of an image by ';', not by ','"
+  return _hint(tag, list(categories.names))
 
 
 def _hint(word: str, words: list[str]) -> str:

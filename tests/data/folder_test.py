@@ -101,6 +101,13 @@ def json_table(root, split, content):
   )
 
 
+def test_a_class_may_have_a_comma(root):
+  classes([*CLASSES, {"id": 9, "name": "bus, red", "isthing": 1}])(root)
+  table('image,tags\na.jpg,"cow;bus, red"\n')(root)
+  (entry,) = folder.read_folder(root)[1]
+  assert len(entry.tags) == 2
+
+
 def test_tables_may_be_json(root):
   tables = folder.read_folder(root)
   train = {
@@ -541,6 +548,11 @@ COW_CLASS = {"id": 1, "name": "cow", "isthing": 1}
     ),
     (table("image,tags\na.jpg,COW\n"), r"line 2.*did you mean 'cow'"),
     (table("image,tags\na.jpg,zebra\n"), r"'zebra' is no class; the classes"),
+    (
+      table('image,tags\na.jpg,"cow, sky"\n'),
+      r"line 2: tag 'cow, sky' is no class; separate the tags of an image by"
+      r" ';', not by ','; the classes are cow, Sheep dog, sky",
+    ),
     (
       table("image,tags\na.jpeg,cow\n"),
       r"line 2: image 'a\.jpeg' is not in .*\(did you mean 'a\.jpg'\?\)",
