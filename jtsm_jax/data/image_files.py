@@ -40,7 +40,8 @@ SUFFIXES = (
 def find_images(where: PathOrUrl) -> tuple[AnyPath, dict[str, AnyPath]]:
   """The image files of a folder, of a pattern, or one of them.
 
-  Says on stderr how many files it passes over, and of which endings.
+  Says on stderr how many files it passes over, of which endings, and how many
+  folders.
 
   Args:
     where: a folder, whose own images count, without those of its subfolders; a
@@ -78,13 +79,16 @@ def find_images(where: PathOrUrl) -> tuple[AnyPath, dict[str, AnyPath]]:
   told = ", ".join(
     f"{ending or 'no ending'} ({n})" for ending, n in endings.most_common()
   )
-  num_folders = len(others) - len(no_images)
+  folders = {*others} - {*no_images}
+  num_folders = sum(not f.name.startswith(".") for f in folders)
+  hint = f"; for those in its {num_folders} folders give '{path}/**/*'"
   if not found:
-    hint = f"; for those in its {num_folders} folders give '{path}/**/*'"
     raise InputError(
       f"{where}: there is no image ({', '.join(SUFFIXES)}); found"
       f" {told or 'nothing'}{hint if num_folders else ''}"
     )
+  if num_folders:
+    print(f"{where}: only its own images are taken{hint}", file=sys.stderr)
   if told:
     print(
       f"{where}: {len(no_images)} files are no images that can be read here:"

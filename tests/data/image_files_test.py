@@ -82,6 +82,23 @@ def test_a_pattern_in_a_bucket(root, bucket):
     image_files.find_images("memory://bucket/none")
 
 
+def test_folders_that_are_passed_over_are_told(tmp_path, capsys):
+  (tmp_path / "a.png").write_bytes(png())
+  (tmp_path / ".thumbnails").mkdir()  # no pattern would look into it
+  image_files.find_images(tmp_path)
+  assert capsys.readouterr().err == ""
+  (tmp_path / "day 1").mkdir()
+  (tmp_path / "day 2").mkdir()
+  image_files.find_images(tmp_path)
+  assert capsys.readouterr().err == (
+    f"{tmp_path}: only its own images are taken; for those in its 2 folders"
+    f" give '{tmp_path}/**/*'\n"
+  )
+  for where in (f"{tmp_path}/*", f"{tmp_path}/**/*", tmp_path / "a.png"):
+    image_files.find_images(where)
+    assert capsys.readouterr().err == ""
+
+
 def test_what_is_no_image_is_told(root, bucket, capsys):
   (root / "folder.png").rmdir()
   for name in ("1.HEIC", "2.heic", "sub/3.heic", "README"):
@@ -89,6 +106,8 @@ def test_what_is_no_image_is_told(root, bucket, capsys):
   for place in (root, upload(root, bucket)):
     image_files.find_images(place)
     assert capsys.readouterr().err == (
+      f"{place}: only its own images are taken; for those in its 1 folders give"
+      f" '{place}/**/*'\n"
       f"{place}: 4 files are no images that can be read here: .heic (2), no"
       " ending (1), .txt (1); images among them have to be converted\n"
     )
