@@ -67,6 +67,28 @@ def test_the_folder_of_a_pattern(root, monkeypatch):
     assert str(image_files.find_images(where)[0]) == folder
 
 
+@pytest.mark.parametrize("in_bucket", [False, True])
+def test_a_folder_in_a_pattern_may_have_brackets(tmp_path, bucket, in_bucket):
+  for name in ("x[1]/al [2]/a.png", "x[1]/al [2]/s[3]/b.png", "x1/c.png"):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png())
+  place = upload(tmp_path, bucket) if in_bucket else tmp_path
+  album = f"{place}/x[1]/al [2]"
+  for pattern, folder, wanted in (
+    (f"{album}/*.png", album, {"a"}),
+    (f"{album}/**/*", album, {"a", "s_3__b"}),
+    (f"{album}/s*/[ab].png", album, {"s_3__b"}),
+    (f"{album}/s[3]/?.png", f"{album}/s[3]", {"b"}),
+  ):
+    found_folder, found = image_files.find_images(pattern)
+    assert str(found_folder) == folder
+    assert set(found) == wanted
+  # Where there is no such folder they are a wildcard.
+  folder, found = image_files.find_images(f"{place}/x[12]/*")
+  assert (str(folder), set(found)) == (str(place), {"x1_c"})
+
+
 def test_a_pattern_in_a_bucket(root, bucket):
   for path in root.rglob("*"):
     if path.is_file():
