@@ -76,8 +76,10 @@ def predict(monkeypatch, workdir):
   }.items():
     monkeypatch.setattr(f"jtsm_jax.modes.prediction.{name}", value)
 
-  def function(where, **proposals):
+  def function(where, *, step=1, instance_score=0.5, **proposals):
     todo.clear()
+    trained.key["step"] = step
+    config.evaluation.instance_score = instance_score
     config.proposals.update(proposals)
     prediction.predict_images(config, workdir, str(where))
     return todo.copy()
@@ -142,6 +144,37 @@ def test_a_pattern_belongs_to_the_folder_before_its_first_star(
   assert [*predict(photos)] == ["3"]
   del everything["2"]
   assert listed(folder) == everything | {"3": "3.png"}
+
+
+def test_results_of_other_settings_or_of_no_image_are_not_listed(
+  predict, workdir, tmp_path, capsys
+):
+  photos, folder = tmp_path / "photos", workdir / "predictions" / "photos"
+  for name in ("1", "2", "sub/3", "sub/4"):
+    save(photos / f"{name}.png")
+
+  def told():
+    """What panoptic.json lists, and how many images it is said to lack."""
+    out = capsys.readouterr().out
+    lines = [x for x in out.splitlines() if x.startswith("not listed")]
+    return [*listed(folder)], [int(line.split()[2]) for line in lines]
+
+  everything = photos / "**" / "*"
+  predict(everything)
+  assert told() == (["1", "2", "sub_3", "sub_4"], [])
+  (photos / "2.png").unlink()
+  predict(everything)
+  assert told() == (["1", "sub_3", "sub_4"], [1])
+  save(photos / "sub" / "4.png", 9)  # is another picture now
+  predict(photos)
+  assert told() == (["1", "sub_3"], [2])
+  for change in ({"step": 2}, {"instance_score": 0.9}):
+    predict(photos / "1.png", **change)
+    assert told() == (["1"], [3])
+  # What a call before left is no hindrance, and is there again with its own.
+  (folder / "records" / "2.json").write_text("{")
+  assert [*predict(photos / "1.png")] == ["1"]
+  assert told() == (["1", "sub_3"], [2])
 
 
 def test_a_result_is_not_overwritten_by_another_image_of_its_name(

@@ -39,6 +39,7 @@ from jtsm_jax.data.prepared import (
   PreparedData,
   open_prepared,
 )
+from jtsm_jax.types import InputError
 
 TRAINING_FIELDS = frozenset({"image_id", "image", "tags"})
 """All that a training record may hold."""
@@ -79,9 +80,15 @@ def audit(directory: PathOrUrl) -> Audit:
     part, _, file = name.rpartition("/")
     found = _RECORDS.fullmatch(file)
     if part in PARTS and found:
-      for record in _parsed(fetch(directory / part / file)):
-        records[found[1], part] += 1
-        fields[found[1], part].update(record)
+      try:
+        for record in _parsed(fetch(directory / part / file)):
+          records[found[1], part] += 1
+          fields[found[1], part].update(record)
+      except InputError:
+        raise
+      except Exception as error:  # ArrayRecord raises many kinds.
+        # Nobody can say what the rest of it holds.
+        faults.append(f"{directory / name} is damaged ({error})")
     if not _belongs(part, file, splits):
       # Nobody can say what it holds.
       faults.append(

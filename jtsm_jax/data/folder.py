@@ -379,8 +379,10 @@ def _read_classes(path: AnyPath) -> Categories:
         f"{path}: the class name {name!r} cannot be a tag; it must not be"
         " empty, begin or end with a space, or contain ';'"
       )
-  for field in ("id", "name"):
-    values = [entry[field] for entry in entries]
+  for field, values in {
+    "id": [entry["id"] for entry in entries],
+    "name": [composed(entry["name"]) for entry in entries],
+  }.items():
     repeated = sorted({v for v in values if values.count(v) > 1})
     if repeated:
       raise InputError(
@@ -405,7 +407,7 @@ def _read_tags(
   path: AnyPath, categories: Categories, *, need_tags: bool
 ) -> list[FolderEntry]:
   images = path.parent / "images"
-  index_of = {name: i for i, name in enumerate(categories.names)}
+  index_of = {composed(name): i for i, name in enumerate(categories.names)}
   entries, place_of, exists = [], {}, file_lookup()
   rows = _csv_rows(path) if path.suffix == ".csv" else _json_rows(path)
   for place, name, names in rows:
@@ -418,16 +420,20 @@ def _read_tags(
         f"{where}: image {name!r} is also in {place_of[file]}; keep one row"
       )
     place_of[file] = place
-    unknown = [tag for tag in names if tag not in index_of]
+    unknown = [tag for tag in names if composed(tag) not in index_of]
     if unknown:
-      raise InputError(f"{where}: {_unknown_tag(unknown[0], categories)}")
+      known = ", ".join(categories.names)
+      raise InputError(
+        f"{where}: tag {unknown[0]!r} is no class"
+        f"{_tag_hint(unknown[0], path, categories)}; the classes are {known}"
+      )
     if need_tags and not names:
       raise InputError(
         f"{where}: image {name!r} has no tags; a training image needs at least"
         " one: add it, remove the row, or, where it shows none of the classes,"
         " make a stuff class of what it shows, such as 'background'"
       )
-    tags = tuple(sorted({index_of[tag] for tag in names}))
+    tags = tuple(sorted({index_of[composed(tag)] for tag in names}))
     name = composed(name)
     entries.append(FolderEntry(_image_id(name), name, file, tags))
   return entries
@@ -490,10 +496,11 @@ def _no_image(images: AnyPath, name: str, where: str) -> InputError:
   )
 
 
-def _unknown_tag(tag: str, categories: Categories) -> str:
-  known = ", ".join(categories.names)
-  hint = _hint(tag, list(categories.names))
-  return f"tag {tag!r} is no class{hint}; the classes are {known}"
+def _tag_hint(tag: str, path: AnyPath, categories: Categories) -> str:
+  # Spreadsheets put such a cell into quotes, so it is one value.
+  if path.suffix == ".csv" and "," in tag:
+    return "; separate the tags of an image by ';', not by ','"
+  return _hint(tag, list(categories.names))
 
 
 def _hint(word: str, words: list[str]) -> str:

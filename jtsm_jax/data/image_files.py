@@ -6,7 +6,6 @@ import collections
 import glob
 import hashlib
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -40,12 +39,14 @@ SUFFIXES = (
 def find_images(where: PathOrUrl) -> tuple[AnyPath, dict[str, AnyPath]]:
   """The image files of a folder, of a pattern, or one of them.
 
-  Says on stderr how many files it passes over, and of which endings.
+  Says on stderr how many files it passes over, of which endings, and how many
+  folders.
 
   Args:
     where: a folder, whose own images count, without those of its subfolders; a
-      pattern with `*`, `?` or `[...]`, where `**` stands for any folders; or a
-      file. A local path or a URL.
+      pattern with `*`, `?` or `[...]`, where `**` stands for any folders, and
+      leading folders that exist for themselves; or a file. A local path or a
+      URL.
 
   Returns:
     (Their folder: what is given, that of the file, or that before the first
@@ -64,8 +65,11 @@ def find_images(where: PathOrUrl) -> tuple[AnyPath, dict[str, AnyPath]]:
     folder = path
     found = [path / name for name in names_in(path)]  # also its folders
   elif glob.has_magic(str(where)):
-    folder = next(p for p in path.parents if not glob.has_magic(str(p)))
-    found = _matches(path)
+    # A folder that exists means itself, whatever characters are in its name.
+    folder = next(
+      p for p in path.parents if not glob.has_magic(str(p)) or is_folder(p)
+    )
+    found = _matches(folder, file_name(path, folder))
   else:
     raise InputError(
       f"{where}: no such file or folder; --input wants a folder of images, an"
@@ -78,13 +82,16 @@ def find_images(where: PathOrUrl) -> tuple[AnyPath, dict[str, AnyPath]]:
   told = ", ".join(
     f"{ending or 'no ending'} ({n})" for ending, n in endings.most_common()
   )
-  num_folders = len(others) - len(no_images)
+  folders = {*others} - {*no_images}
+  num_folders = sum(not f.name.startswith(".") for f in folders)
+  hint = f"; for those in its {num_folders} folders give '{path}/**/*'"
   if not found:
-    hint = f"; for those in its {num_folders} folders give '{path}/**/*'"
     raise InputError(
       f"{where}: there is no image ({', '.join(SUFFIXES)}); found"
       f" {told or 'nothing'}{hint if num_folders else ''}"
     )
+  if num_folders:
+    print(f"{where}: only its own images are taken{hint}", file=sys.stderr)
   if told:
     print(
       f"{where}: {len(no_images)} files are no images that can be read here:"
@@ -104,13 +111,14 @@ def file_name(path: AnyPath, folder: AnyPath) -> str:
   return "/".join(path.parts[len(folder.parts) :])
 
 
-def _matches(pattern: AnyPath) -> list[AnyPath]:
-  if is_local(pattern):
-    names = sorted(glob.glob(str(pattern), recursive=True))
-    return [pathlib.Path(name) for name in names if os.path.isfile(name)]
-  found = pattern.fs.glob(pattern.path, detail=True)
+def _matches(folder: AnyPath, pattern: str) -> list[AnyPath]:
+  if is_local(folder):
+    names = sorted(glob.glob(pattern, root_dir=folder, recursive=True))
+    return [folder / name for name in names if os.path.isfile(folder / name)]
+  pattern = f"{glob.escape(folder.path.rstrip('/'))}/{pattern}"
+  found = folder.fs.glob(pattern, detail=True)
   names = sorted(n for n, info in found.items() if info["type"] == "file")
-  return [pattern.with_segments(pattern.fs.unstrip_protocol(n)) for n in names]
+  return [folder.with_segments(folder.fs.unstrip_protocol(n)) for n in names]
 
 
 class ImageFiles:

@@ -59,6 +59,7 @@ from jtsm_jax.data.prepared import (
   VERSION,
   features,
   is_prepared,
+  open_prepared,
 )
 from jtsm_jax.data.source import Source
 from jtsm_jax.data.transforms import decode_image
@@ -117,6 +118,7 @@ def prepare(
   """
   directory = data_path(directory)
   if is_file(directory / INFO):
+    open_prepared(directory)  # says what is wrong if it is damaged
     raise InputError(
       f"{directory}: holds a prepared data set already; remove it, or choose"
       " another directory"
@@ -244,6 +246,8 @@ def _claim(source: Source, directory: AnyPath) -> list[_Piece]:
   strange = set(names_in(directory)) - {INCOMPLETE}
   plan = directory / INCOMPLETE / _PLAN
   found = read_json(plan) if is_file(plan) else None
+  if INFO in strange:
+    open_prepared(directory)  # as in `prepare`
   if found is None and strange:
     raise InputError(
       f"{directory}: exists and is not empty; choose another directory"

@@ -318,12 +318,16 @@ def open_prepared(directory: PathOrUrl) -> PreparedData:
       f"{directory}: holds no prepared data set ({INFO} is missing); run the"
       " preparation with this directory first"
     )
-  info = read_json(directory / INFO)
+  remedy = f"remove {directory} and prepare the data set again"
+  try:
+    info = read_json(directory / INFO)
+  except InputError as error:
+    raise InputError(f"{error}; {remedy}") from error
   version = info.get("version") if isinstance(info, dict) else None
   if version != VERSION:
     raise InputError(
       f"{directory / INFO}: version {version!r}, this program reads"
-      f" {VERSION!r}; prepare the data set again"
+      f" {VERSION!r}; {remedy}"
     )
   return PreparedData(
     name=info["name"],

@@ -11,11 +11,10 @@ import ml_collections
 
 from jtsm_jax.console import progress
 from jtsm_jax.data.files import (
+  AnyPath,
   PathOrUrl,
   check_names,
-  data_path,
   is_file,
-  is_folder,
   read_bytes,
 )
 from jtsm_jax.data.image_files import (
@@ -52,6 +51,9 @@ def predict_images(
 ) -> None:
   """Predicts images, one after the other; those that are done are skipped.
 
+  The JSON files also list the images of earlier calls that need not be
+  predicted again.
+
   Args:
     config: see configs/base.py.
     workdir: folder of the run; the results lie in its folder "predictions".
@@ -80,12 +82,13 @@ def predict_images(
     proposals = {"proposals": maker.key_of(name)}
     return trained.key | image | {"settings": settings | proposals}
 
-  todo = {}
-  for name, path in progress(files.items(), "look", unit="image"):
+  def is_current(name: str, path: AnyPath) -> bool:
     with contextlib.suppress(OSError):  # is reported below
-      if is_done(output, name, made_with=made_with(name, read_bytes(path))):
-        continue
-    todo[name] = path
+      return is_done(output, name, made_with=made_with(name, read_bytes(path)))
+    return False
+
+  bar = progress(files.items(), "look", unit="image")
+  todo = {name: path for name, path in bar if not is_current(name, path)}
   print(f"predict: {len(files)} images, {len(files) - len(todo)} of them done")
   source = ImageFiles(todo, num_classes=len(categories))
   if len(source):
@@ -113,13 +116,22 @@ def predict_images(
   whole = [name for name in files if name not in source.left_out]
   if not whole:
     raise InputError(f"{where}: no image can be decoded, see above")
-  # What other patterns found stays beside it.
-  others = {p.stem for p in (output / "records").glob("*.json")} - {*files}
-  if is_folder(data_path(where)):  # but what it no longer holds
-    others = {n for n in others if "/" in (recorded_file(output, n) or "")}
-  collect(output, [*whole, *sorted(others)], categories)
+  # What other calls found stays beside it, unless it would mix results of
+  # different models, or show what is no longer there.
+  records = (output / "records").glob("*.json")
+  earlier = {path.stem for path in records} - {*files}
+  for name in earlier:
+    file_names[name] = recorded_file(output, name) or ""
+  others = [n for n in sorted(earlier) if is_current(n, folder / file_names[n])]
+  collect(output, [*whole, *others], categories)
   if source.left_out:
     print(f"left out   {len(source.left_out)} files, see above")
+  if len(others) < len(earlier):
+    print(
+      f"not listed {len(earlier) - len(others)} images of earlier calls: they"
+      " are gone, or have changed, or were predicted with other weights or"
+      " settings; predict those that are there again"
+    )
   print(
     f"panoptic   {output / 'panoptic.json'} and {output / 'panoptic'}\n"
     f"classes    {output / 'classes'}, named in {output / 'classes.json'}\n"

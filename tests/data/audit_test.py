@@ -86,6 +86,21 @@ def test_bytes_that_no_field_accounts_for(directory):
   assert any("unknown bytes" in fault for fault in audit(directory).faults)
 
 
+@pytest.mark.parametrize("kind", ["flipped", "cut", "empty", "no record"])
+def test_a_damaged_file(directory, kind):
+  path = directory / TRAIN_FILE
+  data = bytearray(path.read_bytes())
+  data[200] ^= 1  # of a record
+  if kind == "no record":
+    write_records(path, [b"not a record"])
+  else:
+    path.write_bytes({"cut": data[:-99], "empty": b""}.get(kind, data))
+  found = audit(directory)
+  (fault,) = found.faults
+  assert fault.startswith(f"{path} is damaged (")
+  assert found.records["val", "images"] == 3  # the others are looked at
+
+
 @pytest.mark.parametrize(
   ("name", "message"),
   [

@@ -101,6 +101,13 @@ def json_table(root, split, content):
   )
 
 
+def test_a_class_may_have_a_comma(root):
+  classes([*CLASSES, {"id": 9, "name": "bus, red", "isthing": 1}])(root)
+  table('image,tags\na.jpg,"cow;bus, red"\n')(root)
+  (entry,) = folder.read_folder(root)[1]
+  assert len(entry.tags) == 2
+
+
 def test_tables_may_be_json(root):
   tables = folder.read_folder(root)
   train = {
@@ -271,6 +278,24 @@ def test_names_match_however_unicode_spells_them(
   if truth is add_labels:  # are looked at, however they are spelt
     save_grey(root / spelt("labels_val/ü.png"), np.ones((9, 9), np.uint8))
     assert folder.folder_state(root) != state
+
+
+@pytest.mark.parametrize(
+  ("of_class", "of_tag"), [("NFC", "NFD"), ("NFD", "NFC")]
+)
+def test_tags_match_however_unicode_spells_them(root, of_class, of_tag):
+  name = unicodedata.normalize(of_class, "café")
+  tag = unicodedata.normalize(of_tag, "café")
+  classes([*CLASSES, {"id": 9, "name": name, "isthing": 0}])(root)
+  table(f"image,tags\na.jpg,sky;{tag}\n")(root)
+  json_table(root, "val", {"v.png": [tag]})
+  categories, train, val = folder.read_folder(root)
+  assert categories.names[3] == name
+  assert [e.tags for e in train + val] == [(SKY, 3), (3,)]
+  twins = [{"id": i, "name": x, "isthing": 0} for i, x in ((8, name), (9, tag))]
+  classes([*CLASSES, *twins])(root)
+  with pytest.raises(InputError, match="name 'café' occurs twice"):
+    folder.read_folder(root)
 
 
 @pytest.mark.parametrize("kind", ["grey", "grey16", "palette"])
@@ -523,6 +548,11 @@ COW_CLASS = {"id": 1, "name": "cow", "isthing": 1}
     ),
     (table("image,tags\na.jpg,COW\n"), r"line 2.*did you mean 'cow'"),
     (table("image,tags\na.jpg,zebra\n"), r"'zebra' is no class; the classes"),
+    (
+      table('image,tags\na.jpg,"cow, sky"\n'),
+      r"line 2: tag 'cow, sky' is no class; separate the tags of an image by"
+      r" ';', not by ','; the classes are cow, Sheep dog, sky",
+    ),
     (
       table("image,tags\na.jpeg,cow\n"),
       r"line 2: image 'a\.jpeg' is not in .*\(did you mean 'a\.jpg'\?\)",

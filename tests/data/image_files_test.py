@@ -67,6 +67,28 @@ def test_the_folder_of_a_pattern(root, monkeypatch):
     assert str(image_files.find_images(where)[0]) == folder
 
 
+@pytest.mark.parametrize("in_bucket", [False, True])
+def test_a_folder_in_a_pattern_may_have_brackets(tmp_path, bucket, in_bucket):
+  for name in ("x[1]/al [2]/a.png", "x[1]/al [2]/s[3]/b.png", "x1/c.png"):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png())
+  place = upload(tmp_path, bucket) if in_bucket else tmp_path
+  album = f"{place}/x[1]/al [2]"
+  for pattern, folder, wanted in (
+    (f"{album}/*.png", album, {"a"}),
+    (f"{album}/**/*", album, {"a", "s_3__b"}),
+    (f"{album}/s*/[ab].png", album, {"s_3__b"}),
+    (f"{album}/s[3]/?.png", f"{album}/s[3]", {"b"}),
+  ):
+    found_folder, found = image_files.find_images(pattern)
+    assert str(found_folder) == folder
+    assert set(found) == wanted
+  # Where there is no such folder they are a wildcard.
+  folder, found = image_files.find_images(f"{place}/x[12]/*")
+  assert (str(folder), set(found)) == (str(place), {"x1_c"})
+
+
 def test_a_pattern_in_a_bucket(root, bucket):
   for path in root.rglob("*"):
     if path.is_file():
@@ -82,6 +104,23 @@ def test_a_pattern_in_a_bucket(root, bucket):
     image_files.find_images("memory://bucket/none")
 
 
+def test_folders_that_are_passed_over_are_told(tmp_path, capsys):
+  (tmp_path / "a.png").write_bytes(png())
+  (tmp_path / ".thumbnails").mkdir()  # no pattern would look into it
+  image_files.find_images(tmp_path)
+  assert capsys.readouterr().err == ""
+  (tmp_path / "day 1").mkdir()
+  (tmp_path / "day 2").mkdir()
+  image_files.find_images(tmp_path)
+  assert capsys.readouterr().err == (
+    f"{tmp_path}: only its own images are taken; for those in its 2 folders"
+    f" give '{tmp_path}/**/*'\n"
+  )
+  for where in (f"{tmp_path}/*", f"{tmp_path}/**/*", tmp_path / "a.png"):
+    image_files.find_images(where)
+    assert capsys.readouterr().err == ""
+
+
 def test_what_is_no_image_is_told(root, bucket, capsys):
   (root / "folder.png").rmdir()
   for name in ("1.HEIC", "2.heic", "sub/3.heic", "README"):
@@ -89,6 +128,8 @@ def test_what_is_no_image_is_told(root, bucket, capsys):
   for place in (root, upload(root, bucket)):
     image_files.find_images(place)
     assert capsys.readouterr().err == (
+      f"{place}: only its own images are taken; for those in its 1 folders give"
+      f" '{place}/**/*'\n"
       f"{place}: 4 files are no images that can be read here: .heic (2), no"
       " ending (1), .txt (1); images among them have to be converted\n"
     )

@@ -1,9 +1,11 @@
 """Tests of writing prepared data sets."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -132,6 +134,24 @@ def test_existing_directories(directory, tmp_path):
   assert prepared.is_prepared(other)
   with pytest.raises(InputError, match="is no folder"):
     prepare(source(), tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda text: text[:40], r"is no readable JSON \(.*\)"),
+    (lambda text: text.replace('"2.0.0"', '"1.0.0"'), r"version '1\.0\.0', .*"),
+  ],
+)
+def test_existing_data_that_are_damaged(directory, change, message):
+  info = directory / "prepared.json"
+  info.write_text(change(info.read_text()))
+  where = re.escape(str(directory))
+  pattern = rf"{where}/prepared\.json: {message}; remove {where} and prepare"
+  parts = {"max_bad_fraction": 0.1, "shard": 0, "num_shards": 1}
+  for write in (prepare, functools.partial(preparation.write_shard, **parts)):
+    with pytest.raises(InputError, match=pattern):
+      write(source(), directory)
 
 
 def test_fingerprint_changes_with_ids_and_images_only(tmp_path):

@@ -48,7 +48,15 @@ METRICS = {
     EVIL: {"pq": 0, "sq": 0, "rq": 0, "tp": 0, "fp": 0, "fn": 0},
     "grass": {"pq": 60.0, "sq": 80, "rq": 75, "tp": 6, "fp": 2, "fn": 2},
   },
-  "semantic": {"miou": 33.3, "n": 2, "per_class": {"cow": {"iou": 44.4}}},
+  "semantic": {
+    "miou": 22.2,
+    "n": 2,
+    "per_class": {
+      "cow": {"iou": 44.4, "target_pixels": 90, "predicted_pixels": 80},
+      EVIL: {"iou": 0.0, "target_pixels": 0, "predicted_pixels": 0},
+      "grass": {"iou": 0.0, "target_pixels": 0, "predicted_pixels": 7},
+    },
+  },
   "voc": {"map50": 12.5, "per_class": {"cow": {"ap50": 12.5, "objects": 3}}},
 }
 
@@ -96,6 +104,9 @@ def write(folder, *, images, metrics=METRICS):
     {"name": "loss/total", "points": [[50, 9.5], [100, 1.25]], "logged": 2},
     {"name": "loss/mil", "points": [[50, 4.0], [100, None]], "logged": 2},
     {"name": "val/pq", "points": [[100, 40.0]], "logged": 1},
+    {"name": "val/small", "points": [[50, -4.56e-6], [9e6, 0.0]], "logged": 2},
+    {"name": "val/rate", "points": [[50, 0.000673], [100, 0.0]], "logged": 2},
+    {"name": "val/large", "points": [[50, 123456789], [99, 0.0]], "logged": 2},
     {"name": EVIL, "points": [[50, None]], "logged": 1},
   ]
   gallery.write_page(
@@ -184,14 +195,14 @@ def test_figures(browser, page_file):
       ["PQ", "41.3"],
       ["PQ of things", "22.5"],
       ["PQ of stuff", "60.0"],
-      ["mIoU", "33.3"],
+      ["mIoU", "22.2"],
       ["AP of masks at IoU 0.5", "12.5"],
     ]
     rows = page.locator("#figures tbody tr")
     assert [r.split() for r in rows.all_inner_texts()] == [
       ["cow", "22.5", "75.0", "30.0", "44.4", "12.5", "3", "4", "10"],
       [*EVIL.split(), "–", "–", "–", "–", "–", "0", "0", "0"],
-      ["grass", "60.0", "80.0", "75.0", "–", "–", "6", "2", "2"],
+      ["grass", "60.0", "80.0", "75.0", "0.0", "–", "6", "2", "2"],
     ]
     widths = [
       bar.bounding_box()["width"] for bar in page.locator(".bar i").all()
@@ -236,6 +247,18 @@ def test_curves_can_be_read_without_seeing_them(browser, page_file):
     box = chart.bounding_box()
     chart.hover(position={"x": box["width"] * 0.2, "y": 20})
     assert value.inner_text() == "step 50: 9.5"
+
+
+@pytest.mark.parametrize("settings", [DESKTOP, PHONE])
+def test_numbers_of_axes_are_whole(browser, page_file, settings):
+  with opened(browser, page_file, **settings) as page:
+    for chart in page.locator(".chart svg").all():
+      whole = chart.bounding_box()
+      for text in chart.locator("text").all():
+        box = text.bounding_box()
+        assert box["x"] >= whole["x"], text.inner_html()
+        end = whole["x"] + whole["width"]
+        assert box["x"] + box["width"] <= end, text.inner_html()
 
 
 def test_filter_sort_and_search(browser, page_file):
