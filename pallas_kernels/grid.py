@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 ROUNDED_CELLS = 1024  # see `bin_edges`
+FARTHEST_CELL = 2**24  # of `grid_boxes`: float32 has all integers up to it
 
 
 def grid_boxes(boxes: jax.Array, *, stride: float) -> jax.Array:
@@ -19,7 +20,8 @@ def grid_boxes(boxes: jax.Array, *, stride: float) -> jax.Array:
   Each coordinate is divided by the stride and rounded half away from zero; the
   rounded end is a cell of the box. These are the numbers that
   `torchvision.ops.roi_pool(spatial_scale=1 / stride)` gets from the same input.
-  The result is not clipped to the grid: pooling does that per bin.
+  The result is not clipped to the grid, only to +-2**24: pooling does that per
+  bin.
 
   Args:
     boxes: [P, 4] float (y0, x0, y1, x1), half-open, canvas pixels.
@@ -37,7 +39,8 @@ def grid_boxes(boxes: jax.Array, *, stride: float) -> jax.Array:
   # Not floor(cells + 0.5): that sum rounds 0.49999997 up to 1.
   whole = jnp.trunc(cells)
   up = jnp.abs(cells - whole) >= 0.5
-  return (whole + jnp.where(up, jnp.sign(cells), 0)).astype(jnp.int32)
+  cells = whole + jnp.where(up, jnp.sign(cells), 0)
+  return jnp.clip(cells, -FARTHEST_CELL, FARTHEST_CELL).astype(jnp.int32)
 
 
 def superpixel_coverage(
@@ -232,8 +235,13 @@ def bin_edges(
   def edges(first, last, bins, cells):
     first = first[:, None]
     extent = jnp.maximum(last[:, None] - first + 1, 1)
-    u = jnp.arange(bins, dtype=jnp.int32)
-    exact = extent * u // bins, (extent * (u + 1) + bins - 1) // bins
+    u = jnp.arange(bins, dtype=jnp.int32)[None]
+    # Of u * extent / bins: the product alone may have more than 32 bits.
+    whole, rest = extent // bins, extent % bins
+    exact = (
+      whole * u + rest * u // bins,
+      whole * (u + 1) + (rest * (u + 1) + bins - 1) // bins,
+    )
     # Devices divide in different ways: the host makes a table.
     table = _rounded_edges(ROUNDED_CELLS, bins)
     row = jnp.minimum(extent[:, 0], ROUNDED_CELLS)
