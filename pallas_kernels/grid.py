@@ -116,7 +116,7 @@ def _pixels_in_cells(superpixels, num_superpixels, stride):
   num_cells = grid[0] * grid[1]
 
   cell_rows = jnp.arange(height) // stride * grid[1]
-  cells = cell_rows[:, None] + jnp.arange(width) // stride
+  cells = cell_rows[:, None] + (jnp.arange(width) // stride)[None]
   superpixels = superpixels.astype(jnp.int32)  # room for the products below
   inside = (superpixels >= 0) & (superpixels < num_superpixels)
   index = jnp.where(
@@ -164,8 +164,8 @@ def available_cells(
     coverage = jnp.where(inside, coverage, 0)
   available = coverage > 0
   if availability == "coverage":
-    flat = coverage.reshape(len(coverage), -1)
-    best = jnp.arange(flat.shape[1]) == jnp.argmax(flat, axis=1)[:, None]
+    flat = coverage.reshape(len(coverage), math.prod(coverage.shape[1:]))
+    best = jnp.arange(flat.shape[1])[None] == jnp.argmax(flat, axis=1)[:, None]
     available &= (coverage >= 0.5) | best.reshape(coverage.shape)
   return available
 
@@ -204,8 +204,8 @@ def cells_in_boxes(
   boxes = jnp.asarray(boxes)
   check_boxes(boxes)
   y0, x0, y1, x1 = jnp.moveaxis(boxes, -1, 0)[..., None]
-  rows = jnp.arange(grid_size[0])
-  columns = jnp.arange(grid_size[1])
+  rows = jnp.arange(grid_size[0])[None]
+  columns = jnp.arange(grid_size[1])[None]
   rows = (rows >= y0) & (rows <= y1)
   columns = (columns >= x0) & (columns <= x1)
   return rows[:, :, None] & columns[:, None, :]
@@ -298,8 +298,8 @@ def available_bins(
   top, bottom, left, right = bin_edges(
     boxes, output_size=tuple(output_size), grid_size=masks.shape[1:]
   )
-  rows = jnp.arange(masks.shape[1])
-  columns = jnp.arange(masks.shape[2])
+  rows = jnp.arange(masks.shape[1])[None, None]
+  columns = jnp.arange(masks.shape[2])[None, None]
   rows = (rows >= top[..., None]) & (rows < bottom[..., None])
   columns = (columns >= left[..., None]) & (columns < right[..., None])
   # Sums of non-negative terms: positive in any precision.

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from . import arrays
+
 _CHUNK = 8  # proposals per step of the gradient; more of them miss the cache
 
 # In float32 on accelerators, too.
@@ -79,12 +81,14 @@ def _samples(start, end, bins, ratio, cells):
   The two entries of the first axis are the cells on either side of the point.
   """
   step = (end - start) / (bins * ratio)
-  points = start[:, None] + step[:, None] * (jnp.arange(bins * ratio) + 0.5)
+  middles = jnp.arange(bins * ratio, dtype=jnp.float32)[None] + 0.5
+  points = start[:, None] + step[:, None] * middles
   inside = (points >= -1) & (points <= cells)
   points = jnp.clip(points, 0, cells - 1)
   low = jnp.floor(points)
   high = jnp.minimum(low + 1, cells - 1)
-  weight = jnp.stack([1 - (points - low), points - low]) * inside / ratio
+  weight = jnp.stack([1 - (points - low), points - low])
+  weight = weight * inside[None].astype(jnp.float32) / ratio
   cell = jnp.stack([low, high]).astype(jnp.int32)
   shape = (2, start.shape[0], bins, ratio)
   return cell.reshape(shape), weight.reshape(shape)
@@ -96,6 +100,7 @@ def _align(features, rows, columns):
   height, width, channels = features.shape
   flat = features.reshape(height * width, channels)
   (y, weight_y), (x, weight_x) = rows, columns
+  dtype = arrays.wide(features.dtype)
   total = 0.0
   for i in range(2):
     for j in range(2):
@@ -103,7 +108,8 @@ def _align(features, rows, columns):
         for n in range(x.shape[-1]):
           index = y[i, :, :, None, m] * width + x[j, :, None, :, n]
           weight = weight_y[i, :, :, None, m] * weight_x[j, :, None, :, n]
-          total += weight[..., None] * flat[index]
+          weight = weight[..., None].astype(dtype)
+          total += weight * flat[index].astype(dtype)
   return total.astype(features.dtype)
 
 
@@ -118,8 +124,10 @@ def _backward(residuals, gradient):
   height, width, _ = grid.shape
   rows_matrix = _matrix(*rows, height)
   columns_matrix = _matrix(*columns, width)
+  dtype = arrays.wide(gradient.dtype)
   chunks = []
-  for x in (rows_matrix, columns_matrix, gradient.astype(jnp.float32)):
+  for x in (rows_matrix, columns_matrix, gradient):
+    x = x.astype(dtype)
     x = jnp.pad(x, [(0, -x.shape[0] % _CHUNK)] + [(0, 0)] * (x.ndim - 1))
     chunks.append(x.reshape(-1, _CHUNK, *x.shape[1:]))
 
@@ -128,14 +136,16 @@ def _backward(residuals, gradient):
     wide = _product("puvc,pvw->puwc", gradient, columns)
     return total + _product("puh,puwc->hwc", rows, wide), None
 
-  total = jnp.zeros((height, width, gradient.shape[-1]), jnp.float32)
+  shape = height, width, gradient.shape[-1]
+  total = jnp.zeros_like(gradient, dtype, shape)
   total, _ = lax.scan(add, total, tuple(chunks))
   return total.astype(gradient.dtype), None, None
 
 
 def _matrix(cell, weight, cells):
   """[P, bins, cells] interpolation weights of one axis."""
-  one_hot = cell[..., None] == jnp.arange(cells)
+  index = jnp.arange(cells, dtype=cell.dtype).reshape(1, 1, 1, 1, cells)
+  one_hot = cell[..., None] == index
   return jnp.sum(jnp.where(one_hot, weight[..., None], 0), axis=(0, 3))
 
 
@@ -145,13 +155,15 @@ _align.defvjp(_forward, _backward)
 def _align_adaptively(features, boxes, output_size):
   """Interpolates rows, then columns: the number of points is no shape then."""
 
+  dtype = arrays.wide(features.dtype)
+
   def align(box):
     rows = _adaptive_matrix(box[0], box[2], output_size[0], features.shape[0])
     columns = _adaptive_matrix(
       box[1], box[3], output_size[1], features.shape[1]
     )
-    wide = _product("uh,hwc->uwc", rows, features)
-    pooled = _product("vw,uwc->uvc", columns, wide)
+    wide = _product("uh,hwc->uwc", rows.astype(dtype), features.astype(dtype))
+    pooled = _product("vw,uwc->uvc", columns.astype(dtype), wide)
     return pooled.astype(features.dtype)
 
   return lax.map(align, boxes)
@@ -162,14 +174,16 @@ def _adaptive_matrix(start, end, bins, cells):
   size = (end - start) / bins
   # Not ceil(size): devices divide in different ways.
   ratio = jnp.floor(size)
-  ratio = ratio + (ratio * bins < end - start)
+  ratio = ratio + (ratio * bins < end - start).astype(jnp.float32)
 
   def add_point(i, matrix):
-    points = start + size * (jnp.arange(bins) + (i + 0.5) / ratio)
+    middle = (i.astype(jnp.float32) + 0.5) / ratio
+    points = start + size * (jnp.arange(bins, dtype=jnp.float32) + middle)
     inside = (points >= -1) & (points <= cells)
     points = jnp.clip(points, 0, cells - 1)
-    near = 1 - jnp.abs(points[:, None] - jnp.arange(cells))
-    return matrix + jnp.maximum(near, 0) * inside[:, None] / ratio
+    index = jnp.arange(cells, dtype=jnp.float32)[None]
+    near = jnp.maximum(1 - jnp.abs(points[:, None] - index), 0)
+    return matrix + near * inside[:, None].astype(jnp.float32) / ratio
 
   matrix = jnp.zeros((bins, cells), jnp.float32)
   return lax.fori_loop(0, ratio.astype(jnp.int32), add_point, matrix)

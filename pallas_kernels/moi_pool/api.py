@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import grid
+from .. import arrays, grid
 from . import reference, vjp
 
 COMPENSATIONS = ("bins", "official", "features", None)
@@ -108,7 +108,8 @@ def moi_pool(
     ]
     bins = bins + 1 if compensation == "official" else jnp.maximum(bins, 1)
     psi = num_bins / bins
-  return (pooled * psi).astype(features.dtype)
+  dtype = arrays.wide(features.dtype)
+  return (pooled.astype(dtype) * psi.astype(dtype)).astype(features.dtype)
 
 
 def max_pool(

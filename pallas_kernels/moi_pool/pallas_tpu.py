@@ -179,7 +179,8 @@ def _pack(masks, num_proposals, num_cells):
   masks = masks.reshape(num_proposals, num_cells)
   masks = jnp.pad(masks, ((0, 0), (0, -num_cells % BITS)))
   masks = masks.reshape(*shape, BITS).astype(jnp.int32)
-  return jnp.sum(masks << jnp.arange(BITS), axis=-1, dtype=jnp.int32)
+  places = jnp.arange(BITS)[None, None, None]
+  return jnp.sum(masks << places, axis=-1, dtype=jnp.int32)
 
 
 def _for_each_bin(edges_ref, output_size, body):

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import grid
+from .. import arrays, grid
 
 STEPS_AT_ONCE = 8
 CHUNK = 128  # proposals at a time where the device is no CPU
@@ -123,13 +123,15 @@ def add_gradient(
   """
   height, width = grid_size
   channels = gradient.shape[-1]
-  dtype = jnp.promote_types(gradient.dtype, jnp.float32)
+  dtype = arrays.wide(gradient.dtype)
   # What empty bins carry goes to a row past the grid.
   total = jnp.zeros((height * width + 1) * channels, dtype)
 
   def add(gradient, argmax, total):
     index = argmax.astype(jnp.int32) * channels
-    index += jnp.arange(channels, dtype=jnp.int32)
+    index += jnp.arange(channels, dtype=jnp.int32).reshape(
+      (1,) * (index.ndim - 1) + (channels,)
+    )
     return total.at[index.reshape(-1)].add(
       gradient.reshape(-1).astype(dtype), mode="promise_in_bounds"
     )
@@ -168,7 +170,7 @@ def add_gradient_in_integers(
   _, exponent = jnp.frexp(jnp.max(jnp.abs(gradient), initial=0))
   bits = 30 - len(gradient).bit_length()
   rest, total, unit = jnp.ldexp(gradient, -exponent), 0.0, 1.0
-  columns = jnp.arange(channels, dtype=jnp.int32)
+  columns = jnp.arange(channels, dtype=jnp.int32)[None]
   for _ in range(3):
     unit *= 2.0**-bits
     part = jnp.round(rest / unit)
@@ -241,7 +243,7 @@ def _by_chunks(pool, results, features, masks, boxes):
     )
 
   # CPUs have no bfloat16: XLA would convert all features for each chunk.
-  wide = jnp.promote_types(features.dtype, jnp.float32)
+  wide = arrays.wide(features.dtype)
   found = lax.platform_dependent(
     bins,
     flat,
