@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import struct
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +33,11 @@ def grid_boxes(boxes: jax.Array, *, stride: float) -> jax.Array:
     [P, 4] int32 (y0, x0, y1, x1), inclusive, cells. (PAPER Eq. 5.)
 
   Raises:
-    ValueError: the boxes have the wrong shape or dtype.
+    ValueError: the boxes have the wrong shape or dtype, or the stride is not
+      positive.
   """
   boxes = jnp.asarray(boxes)
-  _check("boxes", boxes, jnp.number, (None, 4), "float[P, 4] in pixels")
+  check_pixel_boxes(boxes, stride)
   cells = boxes.astype(jnp.float32) / stride
   # Not floor(cells + 0.5): that sum rounds 0.49999997 up to 1.
   whole = jnp.trunc(cells)
@@ -102,9 +105,10 @@ def _pixels_in_cells(superpixels, num_superpixels, stride):
   superpixels = jnp.asarray(superpixels)
   wanted = "integers[H, W] of one image; vmap over images"
   _check("superpixels", superpixels, jnp.integer, (None, None), wanted)
-  if stride < 1:
+  if not is_count(stride):
     raise ValueError(
-      f"stride: found {stride}, wanted pixels per cell, 1 or more"
+      f"stride: found {stride}, wanted pixels per cell, a positive integer"
+      " (static under jit)"
     )
   height, width = superpixels.shape
   if height % stride or width % stride:
@@ -290,9 +294,11 @@ def available_bins(
     [P, oh, ow] bool.
 
   Raises:
-    ValueError: an argument has the wrong shape or dtype.
+    ValueError: an argument has the wrong shape or dtype, or output_size is not
+      two positive integers.
   """
   masks, boxes = jnp.asarray(masks), jnp.asarray(boxes)
+  check_output_size(output_size)
   _check("masks", masks, jnp.bool_, (None,) * 3, "bool[P, Hf, Wf]")
   check_boxes(boxes, count=len(masks))
   top, bottom, left, right = bin_edges(
@@ -316,6 +322,31 @@ def check_boxes(boxes: jax.Array, *, count: int | None = None) -> None:
   """Raises ValueError unless these are boxes on the grid, `count` of them."""
   wanted = f"int32[{'P' if count is None else count}, 4] on the feature grid"
   _check("boxes", boxes, jnp.integer, (count, 4), f"{wanted}; see grid_boxes")
+
+
+def check_pixel_boxes(boxes: jax.Array, stride: float) -> None:
+  """Raises ValueError unless these are boxes of pixels, and a stride."""
+  _check("boxes", boxes, jnp.number, (None, 4), "float[P, 4] in pixels")
+  # A traced one has no value to check.
+  if isinstance(stride, numbers.Real) and not stride > 0:
+    raise ValueError(f"stride: found {stride}, wanted pixels per cell, above 0")
+
+
+def check_output_size(output_size: tuple[int, int]) -> None:
+  """Raises ValueError unless this is a pair of positive integers."""
+  try:
+    fits = [is_count(size) for size in output_size] == [True, True]
+  except TypeError:  # a number
+    fits = False
+  if not fits:
+    raise ValueError(
+      f"output_size: found {output_size}, wanted two positive integers"
+    )
+
+
+def is_count(number: Any, *, least: int = 1) -> bool:
+  """Whether this is an integer, of Python or numpy, of at least `least`."""
+  return isinstance(number, numbers.Integral) and number >= least
 
 
 def _check(name, array, dtype, shape, wanted):

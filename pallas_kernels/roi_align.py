@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import arrays
+from . import arrays, grid
 
 _CHUNK = 8  # proposals per step of the gradient; more of them miss the cache
 
@@ -45,7 +45,8 @@ def roi_align(
     [P, oh, ow, C], dtype of the features.
 
   Raises:
-    ValueError: an argument has the wrong shape or dtype.
+    ValueError: an argument has the wrong shape or dtype, or an option is not
+      positive.
   """
   features, boxes = jnp.asarray(features), jnp.asarray(boxes)
   if features.ndim != 3 or not jnp.issubdtype(features.dtype, jnp.floating):
@@ -53,15 +54,12 @@ def roi_align(
       f"features: found {features.dtype}{list(features.shape)}, wanted"
       " float[Hf, Wf, C] of one image; vmap over images"
     )
-  if boxes.ndim != 2 or boxes.shape[1] != 4:
+  grid.check_pixel_boxes(boxes, stride)
+  grid.check_output_size(output_size)
+  if sampling_ratio is not None and not grid.is_count(sampling_ratio):
     raise ValueError(
-      f"boxes: found shape {list(boxes.shape)}, wanted [P, 4] in pixels"
-    )
-  too_few = sampling_ratio is not None and sampling_ratio < 1
-  if len(output_size) != 2 or min(output_size) < 1 or too_few:
-    raise ValueError(
-      f"output_size, sampling_ratio: found {output_size}, {sampling_ratio},"
-      " wanted positive integers"
+      f"sampling_ratio: found {sampling_ratio}, wanted a positive integer, or"
+      " None"
     )
   boxes = boxes.astype(jnp.float32) / stride - 0.5
   if sampling_ratio is None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .grid import is_count
 from .moi_pool.api import check_masks, check_pooling
 
 
@@ -56,10 +57,10 @@ def tps_pool(
   features, masks, boxes = map(jnp.asarray, (features, masks, boxes))
   check_pooling(features, boxes, output_size)
   check_masks(features, masks, boxes)
-  if points_per_side < 2 or samples_per_bin < 1:
+  if not is_count(points_per_side, least=2) or not is_count(samples_per_bin):
     raise ValueError(
       f"points_per_side, samples_per_bin: found {points_per_side},"
-      f" {samples_per_bin}, wanted at least 2 and 1"
+      f" {samples_per_bin}, wanted integers of at least 2 and 1"
     )
   oh, ow = output_size
   targets = _border(points_per_side)

@@ -189,10 +189,7 @@ def check_pooling(
   """Raises ValueError unless the arguments suit a max-pooling of boxes."""
   _check_features(features)
   grid.check_boxes(boxes)
-  if len(output_size) != 2 or min(output_size) < 1:
-    raise ValueError(
-      f"output_size: found {output_size}, wanted two positive integers"
-    )
+  grid.check_output_size(output_size)
   if not isinstance(boxes, jax.core.Tracer):
     height, width = features.shape[:2]
     # On the host: under jit, jax's own operations would be traced.

@@ -205,8 +205,26 @@ def test_superpixel_masks_reject_bad_arguments():
     pallas_kernels.superpixel_masks(
       superpixels, membership, None, stride=2, availability="half"
     )
-  with pytest.raises(ValueError, match=r"stride.*0"):
-    pallas_kernels.superpixel_masks(superpixels, membership, None, stride=0)
+  for stride in (0, 2.0):
+    with pytest.raises(ValueError, match=f"stride.*{stride}.*integer"):
+      pallas_kernels.superpixel_masks(
+        superpixels, membership, None, stride=stride
+      )
+  with pytest.raises(ValueError, match=r"stride.*static under jit"):
+    jax.jit(pallas_kernels.superpixel_masks)(
+      superpixels, membership, None, stride=2
+    )
+
+
+def test_options_of_bins_and_boxes_are_checked():
+  for stride in (0, -8.0):
+    with pytest.raises(ValueError, match=f"stride.*{stride}"):
+      pallas_kernels.grid_boxes(PIXELS, stride=stride)
+  for output_size in (7, (0, 2), (1, 2, 3)):
+    with pytest.raises(ValueError, match="output_size"):
+      pallas_kernels.available_bins(
+        ARGUMENTS["masks"], ARGUMENTS["boxes"], output_size=output_size
+      )
 
 
 ARGUMENTS = {
