@@ -18,6 +18,7 @@ IMPLEMENTATIONS = (
   "reference",
   None,
 )
+EMULATED = ("pallas_tpu", "pallas_triton")  # with interpret=True
 
 
 def moi_pool(
@@ -60,17 +61,18 @@ def moi_pool(
       device or raise; "reference" is the definition, slow. None takes the
       fastest one that was measured for the device.
     deterministic: on a GPU, make the gradient the same in each run: its sums
-      are made in integers. Elsewhere it always is. Not for float64, nor are
-      the kernels of Pallas.
-    interpret: let Pallas emulate its kernel, on any device: slow, for tests.
-      Not for "pallas_mosaic_gpu".
+      are made in integers. Elsewhere it always is. Not for "reference", and
+      not for float64, nor are the kernels of Pallas.
+    interpret: let Pallas emulate "pallas_tpu" or "pallas_triton", on any
+      device: slow, for tests.
 
   Returns:
     [P, oh, ow, C], dtype of the features.
 
   Raises:
     ValueError: an argument has the wrong shape or dtype, a box that is not
-      traced lies outside the grid, or an option is unknown.
+      traced lies outside the grid, or an option is unknown or does not go with
+      the others.
   """
   features, masks, boxes = map(jnp.asarray, (features, masks, boxes))
   check_pooling(features, boxes, output_size)
@@ -127,12 +129,22 @@ def max_pool(
   `masks` None means a full mask.
 
   Raises:
-    ValueError: unknown implementation, or it does not take the features.
+    ValueError: unknown implementation, or it does not take the features or
+      the other options.
   """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"implementation: found {implementation!r}, wanted one of"
       f" {IMPLEMENTATIONS}"
+    )
+  if interpret and implementation not in EMULATED:
+    raise ValueError(
+      f"interpret: found True with {implementation=}, wanted one of {EMULATED}"
+    )
+  if deterministic and implementation == "reference":
+    raise ValueError(
+      "deterministic: found True with implementation='reference', wanted one"
+      " whose gradient can be summed in integers; 'xla' can"
     )
   if features.dtype == jnp.float64 and (
     deterministic or (implementation or "").startswith("pallas")

@@ -355,6 +355,16 @@ def test_available_bins_are_the_bins_that_are_pooled():
     ({"output_size": (7, 7, 7)}, "output_size"),
     ({"compensation": "sum"}, "compensation.*'sum'"),
     ({"implementation": "cuda"}, "implementation.*'cuda'"),
+    ({"interpret": True}, "interpret.*=None.*'pallas_tpu', 'pallas_triton'"),
+    ({"interpret": True, "implementation": "xla"}, "interpret.*'xla'"),
+    (
+      {"interpret": True, "implementation": "pallas_mosaic_gpu"},
+      "interpret.*'pallas_mosaic_gpu'",
+    ),
+    (
+      {"deterministic": True, "implementation": "reference"},
+      "deterministic.*'reference'",
+    ),
   ],
 )
 def test_bad_arguments(change, message):
