@@ -6,6 +6,7 @@ end takes the kernel. `benchmarks/compile_kernels.py` goes on to machine code.
 
 import contextlib
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -205,6 +206,27 @@ def test_another_device_is_an_error():
       pallas_kernels.moi_pool(
         features, masks, boxes, implementation=implementation
       )
+
+
+@pytest.mark.parametrize(
+  ("deterministic", "sums"),
+  [(True, ["43x3xi32"] * 3), (False, [f"{43 * 3}xf32"])],
+)
+def test_gpus_sum_in_integers_where_asked_to(deterministic, sums):
+  features = jnp.ones((6, 7, 3))
+  masks, boxes = np.ones((4, 6, 7), bool), np.zeros((4, 4), np.int32)
+
+  def loss(features):
+    return pallas_kernels.moi_pool(
+      features, masks, boxes, deterministic=deterministic
+    ).sum()
+
+  traced = jax.jit(jax.grad(loss)).trace(features)
+  lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+  found = re.findall(
+    r"stablehlo\.scatter.*?-> tensor<(\w+)>\n", lowered, re.DOTALL
+  )
+  assert found == sums
 
 
 def test_sums_in_integers_equal_sums_in_float64():
