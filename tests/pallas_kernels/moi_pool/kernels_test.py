@@ -132,7 +132,7 @@ def test_full_masks_need_none(implementation):
 def test_tpu_kernels_have_no_races():
   features, masks, boxes = random_case(4, channels=5, proposals=6)
   interpret = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan"
+    detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2
   )
   pooled, argmax = pallas_tpu.pooled_argmax(
     features, masks, boxes, (2, 2), interpret=interpret
