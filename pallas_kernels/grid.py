@@ -193,7 +193,7 @@ def superpixel_masks(
 def cells_in_boxes(
   boxes: jax.Array, *, grid_size: tuple[int, int]
 ) -> jax.Array:
-  """The cells of each box.
+  """The cells of each box; none of one that ends before it starts.
 
   Args:
     boxes: [P, 4] int32 inclusive grid boxes.

@@ -54,6 +54,7 @@ def moi_pool(
     masks: [P, Hf, Wf] bool, the available cells (see `superpixel_masks`).
     boxes: [P, 4] int32 inclusive grid boxes (y0, x0, y1, x1), see `grid_boxes`.
       They may reach over the border of the grid; a traced one outside gives 0.
+      Along an axis on which one ends before it starts it is one cell.
     output_size: (oh, ow).
     compensation: see above.
     implementation: "xla" runs anywhere; "pallas_tpu", "pallas_triton" (NVIDIA
@@ -206,7 +207,9 @@ def check_pooling(
     height, width = features.shape[:2]
     # On the host: under jit, jax's own operations would be traced.
     boxes = jax.device_get(boxes)
-    outside = (boxes[:, :2] >= (height, width)) | (boxes[:, 2:] < 0)
+    # A box is one cell where its end is before its start.
+    starts, ends = boxes[:, :2], boxes[:, 2:]
+    outside = (starts >= (height, width)) | ((starts < 0) & (ends < 0))
     if outside.any():
       p = outside.any(axis=1).argmax()
       raise ValueError(

@@ -377,6 +377,21 @@ def test_bad_arguments(change, message):
     pallas_kernels.moi_pool(**(arguments | change))
 
 
+@pytest.mark.parametrize(
+  ("box", "cell"), [((0, 0, -1, -1), (0, 0)), ((3, 2, -4, 1), (3, 2))]
+)
+def test_a_box_that_ends_before_it_starts_is_one_cell(box, cell):
+  features = jnp.arange(20.0).reshape(4, 5, 1)
+  boxes = np.array([box])
+  for pool in (roi_pool, pallas_kernels.roi_pool):  # traced, and not
+    found = pool(features, boxes, output_size=(2, 2))
+    np.testing.assert_array_equal(
+      found, jnp.broadcast_to(features[cell], (1, 2, 2, 1))
+    )
+  with pytest.raises(ValueError, match=r"box 0 is.*outside"):
+    pallas_kernels.roi_pool(features, np.array([[-1, 0, -3, 2]]))
+
+
 def test_numpy_arguments_without_jit():
   features, masks, boxes = random_case(13)
   boxes = np.clip(boxes, 0, 8)
