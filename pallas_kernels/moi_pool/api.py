@@ -186,10 +186,11 @@ def masked_average(features: jax.Array, masks: jax.Array) -> jax.Array:
   features, masks = jnp.asarray(features), jnp.asarray(masks)
   _check_features(features)
   _check_grid(features, masks, weights=True)
-  weights = masks.reshape(masks.shape[0], -1).astype(jnp.float32)
+  height, width, channels = features.shape
+  weights = masks.reshape(len(masks), height * width).astype(jnp.float32)
   total = jnp.matmul(
     weights,
-    features.reshape(-1, features.shape[-1]).astype(jnp.float32),
+    features.reshape(height * width, channels).astype(jnp.float32),
     precision=lax.Precision.HIGHEST,
   )
   weight = jnp.sum(weights, axis=1, keepdims=True)

@@ -326,6 +326,7 @@ def test_masked_average():
     expected = rounded[mask].mean(0) if mask.any() else np.zeros(3)
     np.testing.assert_allclose(got[p], expected, rtol=1e-5, atol=1e-6)
   assert not masks[5].any()
+  assert masked_average(features, masks[:0]).shape == (0, 3)
 
 
 def test_available_bins_are_the_bins_that_are_pooled():
