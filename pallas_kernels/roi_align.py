@@ -61,6 +61,9 @@ def roi_align(
       f"sampling_ratio: found {sampling_ratio}, wanted a positive integer, or"
       " None"
     )
+  features, boxes = arrays.vary_alike(features, boxes)
+  if not len(boxes):
+    return jnp.zeros_like(features, shape=(0, *output_size, features.shape[-1]))
   boxes = boxes.astype(jnp.float32) / stride - 0.5
   if sampling_ratio is None:
     return _align_adaptively(features, lax.stop_gradient(boxes), output_size)
@@ -70,7 +73,12 @@ def roi_align(
   columns = _samples(
     boxes[:, 1], boxes[:, 3], output_size[1], sampling_ratio, features.shape[1]
   )
-  return _align(features, lax.stop_gradient(rows), lax.stop_gradient(columns))
+  return _align(
+    features,
+    lax.stop_gradient(rows),
+    lax.stop_gradient(columns),
+    features.shape[:2],
+  )
 
 
 def _samples(start, end, bins, ratio, cells):
@@ -92,11 +100,11 @@ def _samples(start, end, bins, ratio, cells):
   return cell.reshape(shape), weight.reshape(shape)
 
 
-@jax.custom_vjp
-def _align(features, rows, columns):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _align(features, rows, columns, grid_size):
   """Gathers the samples: on CPU 10 times faster than two matmuls."""
-  height, width, channels = features.shape
-  flat = features.reshape(height * width, channels)
+  height, width = grid_size
+  flat = features.reshape(height * width, features.shape[-1])
   (y, weight_y), (x, weight_x) = rows, columns
   dtype = arrays.wide(features.dtype)
   total = 0.0
@@ -111,15 +119,14 @@ def _align(features, rows, columns):
   return total.astype(features.dtype)
 
 
-def _forward(features, rows, columns):
-  # No bytes, but the shape of the grid.
-  return _align(features, rows, columns), (rows, columns, features[:, :, :0])
+def _forward(features, rows, columns, grid_size):
+  return _align(features, rows, columns, grid_size), (rows, columns)
 
 
-def _backward(residuals, gradient):
+def _backward(grid_size, residuals, gradient):
   """The transposed interpolation as two small matmuls; no scatter of rows."""
-  rows, columns, grid = residuals
-  height, width, _ = grid.shape
+  rows, columns = residuals
+  height, width = grid_size
   rows_matrix = _matrix(*rows, height)
   columns_matrix = _matrix(*columns, width)
   dtype = arrays.wide(gradient.dtype)
@@ -183,5 +190,5 @@ def _adaptive_matrix(start, end, bins, cells):
     near = jnp.maximum(1 - jnp.abs(points[:, None] - index), 0)
     return matrix + near * inside[:, None].astype(jnp.float32) / ratio
 
-  matrix = jnp.zeros((bins, cells), jnp.float32)
+  matrix = jnp.zeros_like(start, shape=(bins, cells))
   return lax.fori_loop(0, ratio.astype(jnp.int32), add_point, matrix)

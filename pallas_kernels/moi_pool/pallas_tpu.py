@@ -7,7 +7,8 @@ bits, where single values can be read. The gradient runs the same way and
 collects the features' gradient of a block in VMEM: proposals follow one another
 on a core, so no two are added at the same time.
 
-The arguments are those of `reference.max_pool`; `masks` None means a full mask.
+The arguments are those of `reference.max_pool`, with at least one proposal;
+`masks` None means a full mask.
 """
 
 from __future__ import annotations
@@ -68,8 +69,6 @@ def add_gradient(
   output_size = oh, ow
   num_bins = output_size[0] * output_size[1]
   height, width = grid_size
-  if not num_proposals:
-    return jnp.zeros((height, width, channels), jnp.float32)
   # The result has two buffers.
   sublanes = _sublanes(height * width, channels, BLOCK_BYTES // 2)
   block = sublanes * LANES
@@ -108,8 +107,6 @@ def _pool(features, masks, boxes, output_size, with_cells, interpret):
   height, width, channels = features.shape
   num_cells, num_bins = height * width, output_size[0] * output_size[1]
   types = (jnp.float32, jnp.int32)[: 1 + with_cells]
-  if not len(boxes):
-    return tuple(jnp.zeros((0, *output_size, channels), t) for t in types)
   sublanes = _sublanes(num_cells, channels, BLOCK_BYTES)
   block = sublanes * LANES
   num_blocks = pl.cdiv(channels, block)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .. import arrays
 from . import xla
 
 
@@ -29,14 +30,20 @@ def max_pool(
   interpret: bool = False,
 ) -> jax.Array:
   """As `reference.max_pool`; `masks` None means a full mask."""
-  how = _How(output_size, implementation, deterministic, interpret)
+  features, masks, boxes = arrays.vary_alike(features, masks, boxes)
+  if not len(boxes):
+    return jnp.zeros_like(features, shape=(0, *output_size, features.shape[-1]))
+  how = _How(
+    features.shape[:2], output_size, implementation, deterministic, interpret
+  )
   return _max_pool(features, masks, boxes, how)
 
 
 @dataclasses.dataclass(frozen=True)
 class _How:
-  """The options of `api.moi_pool` that are no arrays."""
+  """The size of the grid, and the options of `api.moi_pool`."""
 
+  grid_size: tuple[int, int]
   output_size: tuple[int, int]
   implementation: str
   deterministic: bool
@@ -72,7 +79,7 @@ class _How:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _max_pool(features, masks, boxes, how):
-  with how.context:
+  with how.context, arrays.on_mesh_of(features):
     pooled = how.kernels.pooled_max(
       features, masks, boxes, how.output_size, **how.options
     )
@@ -85,32 +92,31 @@ def _zero_empty(pooled):
 
 
 def _forward(features, masks, boxes, how):
-  with how.context:
+  with how.context, arrays.on_mesh_of(features):
     pooled, cells = how.kernels.pooled_argmax(
       features, masks, boxes, how.output_size, **how.options
     )
-  # No bytes, but the shape of the grid.
-  return _zero_empty(pooled), (cells, boxes, features[:, :, :0])
+  return _zero_empty(pooled), (cells, boxes)
 
 
 def _backward(how, residuals, gradient):
-  cells, boxes, shape_of_grid = residuals
-  grid_size = shape_of_grid.shape[:2]
+  cells, boxes = residuals
   if how.implementation == "pallas_tpu":
     with how.context:
       total = how.kernels.add_gradient(
-        gradient, cells, boxes, grid_size, **how.options
+        gradient, cells, boxes, how.grid_size, **how.options
       )
   elif how.deterministic:
     floats, integers = (
-      functools.partial(add, grid_size=grid_size)
+      functools.partial(add, grid_size=how.grid_size)
       for add in (xla.add_gradient, xla.add_gradient_in_integers)
     )
     total = lax.platform_dependent(
       gradient, cells, cuda=integers, rocm=integers, default=floats
     )
   else:
-    total = xla.add_gradient(gradient, cells, grid_size)
+    with arrays.on_mesh_of(gradient):
+      total = xla.add_gradient(gradient, cells, how.grid_size)
   return total.astype(gradient.dtype), None, None
 
 
