@@ -1,7 +1,8 @@
 """MoIPool's max-pooling with its gradient, by any of the implementations.
 
-Forward-mode differentiation is not defined. The argmax is computed, and kept
-for the backward pass, only where a gradient is asked for.
+Reverse-mode differentiation is defined, of any order; forward-mode is not. The
+argmax is computed, and kept for the backward pass, only where a gradient is
+asked for.
 """
 
 from __future__ import annotations
@@ -86,21 +87,46 @@ def _max_pool(features, masks, boxes, how):
   return _zero_empty(pooled)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _max_pool_and_cells(features, masks, boxes, how):
+  with how.context, arrays.on_mesh_of(features):
+    pooled, cells = how.kernels.pooled_argmax(
+      features, masks, boxes, how.output_size, **how.options
+    )
+  return _zero_empty(pooled), cells
+
+
 def _zero_empty(pooled):
   # So a feature of -inf counts as unavailable.
   return jnp.where(pooled == -jnp.inf, 0, pooled)
 
 
 def _forward(features, masks, boxes, how):
-  with how.context, arrays.on_mesh_of(features):
-    pooled, cells = how.kernels.pooled_argmax(
-      features, masks, boxes, how.output_size, **how.options
-    )
-  return _zero_empty(pooled), (cells, boxes)
+  # With a gradient of its own, for those of second order.
+  pooled, cells = _max_pool_and_cells(features, masks, boxes, how)
+  return pooled, (cells, boxes)
+
+
+def _forward_and_cells(features, masks, boxes, how):
+  pooled, residuals = _forward(features, masks, boxes, how)
+  return (pooled, residuals[0]), residuals
 
 
 def _backward(how, residuals, gradient):
-  cells, boxes = residuals
+  return _scatter(gradient, *residuals, how), None, None
+
+
+def _backward_and_cells(how, residuals, gradients):
+  return _backward(how, residuals, gradients[0])
+
+
+_max_pool.defvjp(_forward, _backward)
+_max_pool_and_cells.defvjp(_forward_and_cells, _backward_and_cells)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _scatter(gradient, cells, boxes, how):
+  """[Hf, Wf, C]: adds each gradient to its cell."""
   if how.implementation == "pallas_tpu":
     with how.context:
       total = how.kernels.add_gradient(
@@ -117,7 +143,21 @@ def _backward(how, residuals, gradient):
   else:
     with arrays.on_mesh_of(gradient):
       total = xla.add_gradient(gradient, cells, how.grid_size)
-  return total.astype(gradient.dtype), None, None
+  return total.astype(gradient.dtype)
 
 
-_max_pool.defvjp(_forward, _backward)
+def _scatter_forward(gradient, cells, boxes, how):
+  return _scatter(gradient, cells, boxes, how), cells
+
+
+def _gather(how, cells, total):
+  """The transpose of `_scatter`, which is linear."""
+  height, width = how.grid_size
+  channels = total.shape[-1]
+  flat = total.reshape(height * width, channels)
+  flat = jnp.pad(flat, ((0, 1), (0, 0)))  # for the bins that are empty
+  columns = jnp.arange(channels, dtype=jnp.int32)[None, None, None]
+  return flat[cells.astype(jnp.int32), columns], None, None
+
+
+_scatter.defvjp(_scatter_forward, _gather)

@@ -117,6 +117,37 @@ def test_rematerialised(pool):
     np.testing.assert_allclose(again, once, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    {"deterministic": True},
+    {"implementation": "pallas_tpu", "interpret": True},
+    {"implementation": "pallas_triton", "interpret": True},
+  ],
+)
+def test_gradients_of_second_order(options):
+  features, masks, boxes = random_case(2, grid=(5, 6), proposals=6)
+  boxes = np.clip(boxes, 0, 4)
+
+  def square_of_gradient(features, options):
+    def loss(features):
+      pooled = pallas_kernels.moi_pool(
+        features, masks, boxes, output_size=(2, 3), **options
+      )
+      return jnp.sum(pooled**3)
+
+    return jnp.sum(jax.grad(loss)(features) ** 2)
+
+  found, expected = (
+    jax.jit(jax.grad(functools.partial(square_of_gradient, options=o)))(
+      jnp.asarray(features)
+    )
+    for o in (options, {"implementation": "reference"})
+  )
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("cells", [255, 256, 65_536])
 def test_argmax_type_holds_the_last_cell_and_the_mark(cells):
   features = jnp.arange(cells, dtype=jnp.float32).reshape(1, cells, 1)
