@@ -30,7 +30,8 @@ def roi_align(
   coordinates ("aligned"). Each bin is sampled at sampling_ratio x
   sampling_ratio regular points. A point up to one cell outside the grid takes
   the border's value, one farther out gives 0. The features get a gradient, the
-  boxes none. (He et al., Mask R-CNN, ICCV 2017, section 3;
+  boxes none; forward-mode differentiation is not defined for an integer
+  sampling_ratio. (He et al., Mask R-CNN, ICCV 2017, section 3;
   `torchvision.ops.roi_align(aligned=True)`.)
 
   Args:
@@ -39,7 +40,9 @@ def roi_align(
     stride: pixels per cell.
     output_size: (oh, ow).
     sampling_ratio: points per bin and axis; None: as many as a bin of the box
-      has cells, rounded up, which differs from box to box.
+      has cells, rounded up, which differs from box to box; as it takes products
+      of matrices, one feature that is not finite spoils its channel of all
+      boxes.
 
   Returns:
     [P, oh, ow, C], dtype of the features.

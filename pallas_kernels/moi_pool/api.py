@@ -172,6 +172,9 @@ def max_pool(
 def masked_average(features: jax.Array, masks: jax.Array) -> jax.Array:
   """The mean of the features over the cells of each proposal.
 
+  As this is a product of matrices, one feature that is not finite spoils its
+  channel of all proposals.
+
   Args:
     features: [Hf, Wf, C] float.
     masks: [P, Hf, Wf] bool, or float weights >= 0 such as
