@@ -53,14 +53,23 @@ class _How:
   @property
   def kernels(self) -> types.ModuleType:
     """The module of the implementation."""
-    # Late: importing Pallas takes long, and Mosaic GPU needs absl.
+    # Late: importing Pallas takes long, and Mosaic GPU of jax 0.10 needs absl.
     match self.implementation:
       case "pallas_tpu":
         from . import pallas_tpu as kernels
       case "pallas_triton":
         from . import pallas_triton as kernels
       case "pallas_mosaic_gpu":
-        from . import pallas_mosaic_gpu as kernels
+        try:
+          from . import pallas_mosaic_gpu as kernels
+        except ModuleNotFoundError as error:
+          if error.name != "absl":
+            raise
+          raise ModuleNotFoundError(
+            "implementation: 'pallas_mosaic_gpu' needs absl, which this jax"
+            " does not bring; pip install absl-py",
+            name=error.name,
+          ) from error
       case "xla":
         kernels = xla
     return kernels
