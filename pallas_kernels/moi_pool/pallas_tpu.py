@@ -28,6 +28,9 @@ LANES = 128
 MAX_SUBLANES = 8
 BLOCK_BYTES = 40 * 2**20  # at most, of a block of channels in VMEM
 VMEM_BYTES = 60 * 2**20
+# Grids whose blocks of 128 channels fit, as compiled for a v5e.
+MAX_CELLS = 120_000
+MAX_CELLS_OF_GRADIENT = 68_000
 BITS = 32  # of a word of the masks
 
 
@@ -69,6 +72,7 @@ def add_gradient(
   output_size = oh, ow
   num_bins = output_size[0] * output_size[1]
   height, width = grid_size
+  _check_cells(height, width, MAX_CELLS_OF_GRADIENT)
   # The result has two buffers.
   sublanes = _sublanes(height * width, channels, BLOCK_BYTES // 2)
   block = sublanes * LANES
@@ -107,6 +111,7 @@ def _pool(features, masks, boxes, output_size, with_cells, interpret):
   height, width, channels = features.shape
   num_cells, num_bins = height * width, output_size[0] * output_size[1]
   types = (jnp.float32, jnp.int32)[: 1 + with_cells]
+  _check_cells(height, width, MAX_CELLS)
   sublanes = _sublanes(num_cells, channels, BLOCK_BYTES)
   block = sublanes * LANES
   num_blocks = pl.cdiv(channels, block)
@@ -141,6 +146,14 @@ def _pool(features, masks, boxes, output_size, with_cells, interpret):
   )(_edges(boxes, output_size, (height, width)), words, blocks)
   found = tuple(x.reshape(-1, *output_size, channels) for x in found)
   return found[0].astype(features.dtype), *found[1:]
+
+
+def _check_cells(height, width, most):
+  if height * width > most:
+    raise ValueError(
+      f"features: {height} x {width} cells are more than {most:,}, the most of"
+      f" 'pallas_tpu' (with a gradient {MAX_CELLS_OF_GRADIENT:,}); use 'xla'"
+    )
 
 
 def _sublanes(num_cells, channels, num_bytes):

@@ -229,6 +229,25 @@ def test_gpus_sum_in_integers_where_asked_to(deterministic, sums):
   assert found == sums
 
 
+@pytest.mark.parametrize(
+  ("grid", "differentiated"), [((304, 406), False), ((256, 274), True)]
+)
+def test_a_grid_that_vmem_cannot_hold_is_an_error(grid, differentiated):
+  def pool(features):
+    return vjp.max_pool(
+      features,
+      None,
+      jnp.zeros((2, 4), jnp.int32),
+      (7, 7),
+      implementation="pallas_tpu",
+    )
+
+  function = jax.grad(lambda f: pool(f).sum()) if differentiated else pool
+  features = jax.ShapeDtypeStruct((*grid, 256), jnp.float32)
+  with pytest.raises(ValueError, match=r"features: \d+ x \d+ cells.*'xla'"):
+    jax.eval_shape(function, features)
+
+
 def test_sums_in_integers_equal_sums_in_float64():
   rng = np.random.default_rng(5)
   scale = 10.0 ** rng.integers(-6, 3, (40, 3, 3, 1))
