@@ -7,7 +7,8 @@
 
 Random boxes of all sizes up to the whole grid, masks 60 % full, 7 x 7 bins. The
 operators take turns, so that a busy machine slows all of them; the table has
-medians in milliseconds, and the ratio to torchvision's roi_pool. Memory is what
+medians in milliseconds, and the ratio to torchvision's roi_pool. A kernel that
+the device cannot run is left out, and its error printed. Memory is what
 forward and backward need beside arguments and results, as XLA or torch (on
 CUDA) count it. Rows go to the JSON file as they come, with device and versions.
 """
@@ -133,8 +134,16 @@ def jax_operators(features, masks, boxes, dtype):
 
     weights = jnp.ones((len(boxes), *BINS, features.shape[-1]), dtype)
     arguments = features, masks, boxes
-    forward = jax.jit(pool).lower(*arguments).compile()
-    both = jax.jit(both).lower(*arguments, weights).compile()
+    try:
+      forward = jax.jit(pool).lower(*arguments).compile()
+      both = jax.jit(both).lower(*arguments, weights).compile()
+      _wait(both, *arguments, weights)
+    except Exception as error:
+      if "pallas" not in name:
+        raise
+      # A kernel that is not for this device, such as Mosaic GPU for Ampere.
+      print(f"{name} of {dtype} left out: {str(error).splitlines()[0]}")
+      continue
     operators[name] = (
       functools.partial(_wait, forward, *arguments),
       functools.partial(_wait, both, *arguments, weights),

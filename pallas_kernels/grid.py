@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import struct
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 ROUNDED_CELLS = 1024  # see `bin_edges`
+FARTHEST_CELL = 2**24  # of `grid_boxes`: float32 has all integers up to it
 
 
 def grid_boxes(boxes: jax.Array, *, stride: float) -> jax.Array:
@@ -19,7 +22,8 @@ def grid_boxes(boxes: jax.Array, *, stride: float) -> jax.Array:
   Each coordinate is divided by the stride and rounded half away from zero; the
   rounded end is a cell of the box. These are the numbers that
   `torchvision.ops.roi_pool(spatial_scale=1 / stride)` gets from the same input.
-  The result is not clipped to the grid: pooling does that per bin.
+  The result is not clipped to the grid, only to +-2**24: pooling does that per
+  bin.
 
   Args:
     boxes: [P, 4] float (y0, x0, y1, x1), half-open, canvas pixels.
@@ -29,15 +33,17 @@ def grid_boxes(boxes: jax.Array, *, stride: float) -> jax.Array:
     [P, 4] int32 (y0, x0, y1, x1), inclusive, cells. (PAPER Eq. 5.)
 
   Raises:
-    ValueError: the boxes have the wrong shape or dtype.
+    ValueError: the boxes have the wrong shape or dtype, or the stride is not
+      positive.
   """
   boxes = jnp.asarray(boxes)
-  _check("boxes", boxes, jnp.number, (None, 4), "float[P, 4] in pixels")
+  check_pixel_boxes(boxes, stride)
   cells = boxes.astype(jnp.float32) / stride
   # Not floor(cells + 0.5): that sum rounds 0.49999997 up to 1.
   whole = jnp.trunc(cells)
   up = jnp.abs(cells - whole) >= 0.5
-  return (whole + jnp.where(up, jnp.sign(cells), 0)).astype(jnp.int32)
+  cells = whole + jnp.where(up, jnp.sign(cells), 0)
+  return jnp.clip(cells, -FARTHEST_CELL, FARTHEST_CELL).astype(jnp.int32)
 
 
 def superpixel_coverage(
@@ -99,9 +105,10 @@ def _pixels_in_cells(superpixels, num_superpixels, stride):
   superpixels = jnp.asarray(superpixels)
   wanted = "integers[H, W] of one image; vmap over images"
   _check("superpixels", superpixels, jnp.integer, (None, None), wanted)
-  if stride < 1:
+  if not is_count(stride):
     raise ValueError(
-      f"stride: found {stride}, wanted pixels per cell, 1 or more"
+      f"stride: found {stride}, wanted pixels per cell, a positive integer"
+      " (static under jit)"
     )
   height, width = superpixels.shape
   if height % stride or width % stride:
@@ -113,7 +120,7 @@ def _pixels_in_cells(superpixels, num_superpixels, stride):
   num_cells = grid[0] * grid[1]
 
   cell_rows = jnp.arange(height) // stride * grid[1]
-  cells = cell_rows[:, None] + jnp.arange(width) // stride
+  cells = cell_rows[:, None] + (jnp.arange(width) // stride)[None]
   superpixels = superpixels.astype(jnp.int32)  # room for the products below
   inside = (superpixels >= 0) & (superpixels < num_superpixels)
   index = jnp.where(
@@ -161,8 +168,8 @@ def available_cells(
     coverage = jnp.where(inside, coverage, 0)
   available = coverage > 0
   if availability == "coverage":
-    flat = coverage.reshape(len(coverage), -1)
-    best = jnp.arange(flat.shape[1]) == jnp.argmax(flat, axis=1)[:, None]
+    flat = coverage.reshape(len(coverage), math.prod(coverage.shape[1:]))
+    best = jnp.arange(flat.shape[1])[None] == jnp.argmax(flat, axis=1)[:, None]
     available &= (coverage >= 0.5) | best.reshape(coverage.shape)
   return available
 
@@ -186,7 +193,7 @@ def superpixel_masks(
 def cells_in_boxes(
   boxes: jax.Array, *, grid_size: tuple[int, int]
 ) -> jax.Array:
-  """The cells of each box.
+  """The cells of each box; none of one that ends before it starts.
 
   Args:
     boxes: [P, 4] int32 inclusive grid boxes.
@@ -201,8 +208,8 @@ def cells_in_boxes(
   boxes = jnp.asarray(boxes)
   check_boxes(boxes)
   y0, x0, y1, x1 = jnp.moveaxis(boxes, -1, 0)[..., None]
-  rows = jnp.arange(grid_size[0])
-  columns = jnp.arange(grid_size[1])
+  rows = jnp.arange(grid_size[0])[None]
+  columns = jnp.arange(grid_size[1])[None]
   rows = (rows >= y0) & (rows <= y1)
   columns = (columns >= x0) & (columns <= x1)
   return rows[:, :, None] & columns[:, None, :]
@@ -232,8 +239,13 @@ def bin_edges(
   def edges(first, last, bins, cells):
     first = first[:, None]
     extent = jnp.maximum(last[:, None] - first + 1, 1)
-    u = jnp.arange(bins, dtype=jnp.int32)
-    exact = extent * u // bins, (extent * (u + 1) + bins - 1) // bins
+    u = jnp.arange(bins, dtype=jnp.int32)[None]
+    # Of u * extent / bins: the product alone may have more than 32 bits.
+    whole, rest = extent // bins, extent % bins
+    exact = (
+      whole * u + rest * u // bins,
+      whole * (u + 1) + (rest * (u + 1) + bins - 1) // bins,
+    )
     # Devices divide in different ways: the host makes a table.
     table = _rounded_edges(ROUNDED_CELLS, bins)
     row = jnp.minimum(extent[:, 0], ROUNDED_CELLS)
@@ -282,16 +294,18 @@ def available_bins(
     [P, oh, ow] bool.
 
   Raises:
-    ValueError: an argument has the wrong shape or dtype.
+    ValueError: an argument has the wrong shape or dtype, or output_size is not
+      two positive integers.
   """
   masks, boxes = jnp.asarray(masks), jnp.asarray(boxes)
+  check_output_size(output_size)
   _check("masks", masks, jnp.bool_, (None,) * 3, "bool[P, Hf, Wf]")
   check_boxes(boxes, count=len(masks))
   top, bottom, left, right = bin_edges(
     boxes, output_size=tuple(output_size), grid_size=masks.shape[1:]
   )
-  rows = jnp.arange(masks.shape[1])
-  columns = jnp.arange(masks.shape[2])
+  rows = jnp.arange(masks.shape[1])[None, None]
+  columns = jnp.arange(masks.shape[2])[None, None]
   rows = (rows >= top[..., None]) & (rows < bottom[..., None])
   columns = (columns >= left[..., None]) & (columns < right[..., None])
   # Sums of non-negative terms: positive in any precision.
@@ -308,6 +322,31 @@ def check_boxes(boxes: jax.Array, *, count: int | None = None) -> None:
   """Raises ValueError unless these are boxes on the grid, `count` of them."""
   wanted = f"int32[{'P' if count is None else count}, 4] on the feature grid"
   _check("boxes", boxes, jnp.integer, (count, 4), f"{wanted}; see grid_boxes")
+
+
+def check_pixel_boxes(boxes: jax.Array, stride: float) -> None:
+  """Raises ValueError unless these are boxes of pixels, and a stride."""
+  _check("boxes", boxes, jnp.number, (None, 4), "float[P, 4] in pixels")
+  # A traced one has no value to check.
+  if isinstance(stride, numbers.Real) and not stride > 0:
+    raise ValueError(f"stride: found {stride}, wanted pixels per cell, above 0")
+
+
+def check_output_size(output_size: tuple[int, int]) -> None:
+  """Raises ValueError unless this is a pair of positive integers."""
+  try:
+    fits = [is_count(size) for size in output_size] == [True, True]
+  except TypeError:  # a number
+    fits = False
+  if not fits:
+    raise ValueError(
+      f"output_size: found {output_size}, wanted two positive integers"
+    )
+
+
+def is_count(number: Any, *, least: int = 1) -> bool:
+  """Whether this is an integer, of Python or numpy, of at least `least`."""
+  return isinstance(number, numbers.Integral) and number >= least
 
 
 def _check(name, array, dtype, shape, wanted):

@@ -35,7 +35,8 @@ def roi_pool(
 
   Raises:
     ValueError: an argument has the wrong shape or dtype, a box that is not
-      traced lies outside the grid, or an option is unknown.
+      traced lies outside the grid, or an option is unknown or does not go with
+      the others.
   """
   features, boxes = jnp.asarray(features), jnp.asarray(boxes)
   api.check_pooling(features, boxes, output_size)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .grid import is_count
 from .moi_pool.api import check_masks, check_pooling
 
 
@@ -56,15 +57,17 @@ def tps_pool(
   features, masks, boxes = map(jnp.asarray, (features, masks, boxes))
   check_pooling(features, boxes, output_size)
   check_masks(features, masks, boxes)
-  if points_per_side < 2 or samples_per_bin < 1:
+  if not is_count(points_per_side, least=2) or not is_count(samples_per_bin):
     raise ValueError(
       f"points_per_side, samples_per_bin: found {points_per_side},"
-      f" {samples_per_bin}, wanted at least 2 and 1"
+      f" {samples_per_bin}, wanted integers of at least 2 and 1"
     )
   oh, ow = output_size
   targets = _border(points_per_side)
-  rows = (jnp.arange(oh * samples_per_bin) + 0.5) / (oh * samples_per_bin)
-  columns = (jnp.arange(ow * samples_per_bin) + 0.5) / (ow * samples_per_bin)
+  rows, columns = (
+    (jnp.arange(n, dtype=float) + 0.5) / n
+    for n in (oh * samples_per_bin, ow * samples_per_bin)
+  )
   points = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), -1)
   spline = spline_matrix(targets, points.reshape(-1, 2))
 
@@ -101,14 +104,17 @@ def control_points(
     [K, 2] float32 rows and columns, and whether there is any available cell.
   """
   start, end = box[:2], jnp.maximum(box[2:], box[:2])
+  start, end = (x.astype(targets.dtype)[None] for x in (start, end))
   aims = start + targets * (end - start)
-  rows, columns = jnp.arange(mask.shape[0]), jnp.arange(mask.shape[1])
-  inside = ((rows >= start[0]) & (rows <= end[0]))[:, None]
-  inside &= (columns >= start[1]) & (columns <= end[1])
+  rows, columns = (jnp.arange(n, dtype=targets.dtype)[None] for n in mask.shape)
+  in_rows = (rows >= start[:, :1]) & (rows <= end[:, :1])
+  in_columns = (columns >= start[:, 1:]) & (columns <= end[:, 1:])
+  inside = in_rows[0, :, None] & in_columns[0, None, :]
   distance = (rows - aims[:, :1])[:, :, None] ** 2
   distance += (columns - aims[:, 1:])[:, None, :] ** 2
   available = (mask & inside).reshape(-1)
-  distance = jnp.where(available, distance.reshape(len(aims), -1), jnp.inf)
+  distance = distance.reshape(len(aims), len(available))
+  distance = jnp.where(available[None], distance, jnp.inf)
   nearest = jnp.argmin(distance, axis=1)
   cells = jnp.stack(jnp.divmod(nearest, mask.shape[1]), -1)
   return cells.astype(jnp.float32), jnp.any(available)
@@ -146,7 +152,7 @@ def spline_matrix(targets: jax.Array, points: jax.Array) -> jax.Array:
 
 def _border(points_per_side):
   """[4 (n - 1), 2]: points on the unit square's border, clockwise."""
-  steps = jnp.arange(points_per_side - 1) / (points_per_side - 1)
+  steps = jnp.arange(points_per_side - 1, dtype=float) / (points_per_side - 1)
   zeros, ones = jnp.zeros_like(steps), jnp.ones_like(steps)
   sides = (zeros, steps), (steps, ones), (ones, 1 - steps), (1 - steps, zeros)
   return jnp.concatenate([jnp.stack(side, -1) for side in sides])
@@ -155,17 +161,19 @@ def _border(points_per_side):
 def _bilinear(features, points):
   """[N, C]: features at rows and columns [N, 2], clipped to the grid."""
   height, width, channels = features.shape
-  flat = features.reshape(-1, channels)
-  last = jnp.array([height - 1, width - 1], jnp.float32)
+  flat = features.reshape(height * width, channels)
+  last = jnp.array([[height - 1, width - 1]], points.dtype)
   points = jnp.clip(points, 0, last)
   low = jnp.floor(points)
   part = points - low
   total = 0.0
   for i in range(2):
     for j in range(2):
-      cell = jnp.minimum(low + jnp.array([i, j]), last).astype(jnp.int32)
+      cell = low + jnp.array([[i, j]], points.dtype)
+      cell = jnp.minimum(cell, last).astype(jnp.int32)
       weight = (part[:, 0] if i else 1 - part[:, 0]) * (
         part[:, 1] if j else 1 - part[:, 1]
       )
-      total += weight[:, None] * flat[cell[:, 0] * width + cell[:, 1]]
+      value = flat[cell[:, 0] * width + cell[:, 1]]
+      total += weight[:, None] * value.astype(points.dtype)
   return total

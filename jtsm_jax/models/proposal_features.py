@@ -168,7 +168,8 @@ def for_each_image(function: Callable[..., Any], *arrays: jax.Array) -> Any:
       default=jax.vmap(function),
     )
 
-  # XLA cannot split loops over devices by itself.
+  # Each device walks as far as its own boxes need. Pallas kernels, which cannot
+  # be split otherwise, do not run with check_vma.
   mesh = jax.sharding.get_abstract_mesh()
   if "data" in mesh.axis_names and mesh.shape["data"] > 1:
     spec = PartitionSpec("data")

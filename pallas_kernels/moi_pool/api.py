@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import grid
+from .. import arrays, grid
 from . import reference, vjp
 
 COMPENSATIONS = ("bins", "official", "features", None)
@@ -18,6 +18,7 @@ IMPLEMENTATIONS = (
   "reference",
   None,
 )
+EMULATED = ("pallas_tpu", "pallas_triton")  # with interpret=True
 
 
 def moi_pool(
@@ -53,6 +54,7 @@ def moi_pool(
     masks: [P, Hf, Wf] bool, the available cells (see `superpixel_masks`).
     boxes: [P, 4] int32 inclusive grid boxes (y0, x0, y1, x1), see `grid_boxes`.
       They may reach over the border of the grid; a traced one outside gives 0.
+      Along an axis on which one ends before it starts it is one cell.
     output_size: (oh, ow).
     compensation: see above.
     implementation: "xla" runs anywhere; "pallas_tpu", "pallas_triton" (NVIDIA
@@ -60,17 +62,18 @@ def moi_pool(
       device or raise; "reference" is the definition, slow. None takes the
       fastest one that was measured for the device.
     deterministic: on a GPU, make the gradient the same in each run: its sums
-      are made in integers. Elsewhere it always is. Not for float64, nor are
-      the kernels of Pallas.
-    interpret: let Pallas emulate its kernel, on any device: slow, for tests.
-      Not for "pallas_mosaic_gpu".
+      are made in integers. Elsewhere it always is. Not for "reference", and
+      not for float64, nor are the kernels of Pallas.
+    interpret: let Pallas emulate "pallas_tpu" or "pallas_triton", on any
+      device: slow, for tests.
 
   Returns:
     [P, oh, ow, C], dtype of the features.
 
   Raises:
     ValueError: an argument has the wrong shape or dtype, a box that is not
-      traced lies outside the grid, or an option is unknown.
+      traced lies outside the grid, or an option is unknown or does not go with
+      the others.
   """
   features, masks, boxes = map(jnp.asarray, (features, masks, boxes))
   check_pooling(features, boxes, output_size)
@@ -108,7 +111,8 @@ def moi_pool(
     ]
     bins = bins + 1 if compensation == "official" else jnp.maximum(bins, 1)
     psi = num_bins / bins
-  return (pooled * psi).astype(features.dtype)
+  dtype = arrays.wide(features.dtype)
+  return (pooled.astype(dtype) * psi.astype(dtype)).astype(features.dtype)
 
 
 def max_pool(
@@ -126,12 +130,22 @@ def max_pool(
   `masks` None means a full mask.
 
   Raises:
-    ValueError: unknown implementation, or it does not take the features.
+    ValueError: unknown implementation, or it does not take the features or
+      the other options.
   """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"implementation: found {implementation!r}, wanted one of"
       f" {IMPLEMENTATIONS}"
+    )
+  if interpret and implementation not in EMULATED:
+    raise ValueError(
+      f"interpret: found True with {implementation=}, wanted one of {EMULATED}"
+    )
+  if deterministic and implementation == "reference":
+    raise ValueError(
+      "deterministic: found True with implementation='reference', wanted one"
+      " whose gradient can be summed in integers; 'xla' can"
     )
   if features.dtype == jnp.float64 and (
     deterministic or (implementation or "").startswith("pallas")
@@ -158,6 +172,9 @@ def max_pool(
 def masked_average(features: jax.Array, masks: jax.Array) -> jax.Array:
   """The mean of the features over the cells of each proposal.
 
+  As this is a product of matrices, one feature that is not finite spoils its
+  channel of all proposals.
+
   Args:
     features: [Hf, Wf, C] float.
     masks: [P, Hf, Wf] bool, or float weights >= 0 such as
@@ -172,10 +189,11 @@ def masked_average(features: jax.Array, masks: jax.Array) -> jax.Array:
   features, masks = jnp.asarray(features), jnp.asarray(masks)
   _check_features(features)
   _check_grid(features, masks, weights=True)
-  weights = masks.reshape(masks.shape[0], -1).astype(jnp.float32)
+  height, width, channels = features.shape
+  weights = masks.reshape(len(masks), height * width).astype(jnp.float32)
   total = jnp.matmul(
     weights,
-    features.reshape(-1, features.shape[-1]).astype(jnp.float32),
+    features.reshape(height * width, channels).astype(jnp.float32),
     precision=lax.Precision.HIGHEST,
   )
   weight = jnp.sum(weights, axis=1, keepdims=True)
@@ -188,15 +206,14 @@ def check_pooling(
   """Raises ValueError unless the arguments suit a max-pooling of boxes."""
   _check_features(features)
   grid.check_boxes(boxes)
-  if len(output_size) != 2 or min(output_size) < 1:
-    raise ValueError(
-      f"output_size: found {output_size}, wanted two positive integers"
-    )
+  grid.check_output_size(output_size)
   if not isinstance(boxes, jax.core.Tracer):
     height, width = features.shape[:2]
     # On the host: under jit, jax's own operations would be traced.
     boxes = jax.device_get(boxes)
-    outside = (boxes[:, :2] >= (height, width)) | (boxes[:, 2:] < 0)
+    # A box is one cell where its end is before its start.
+    starts, ends = boxes[:, :2], boxes[:, 2:]
+    outside = (starts >= (height, width)) | ((starts < 0) & (ends < 0))
     if outside.any():
       p = outside.any(axis=1).argmax()
       raise ValueError(

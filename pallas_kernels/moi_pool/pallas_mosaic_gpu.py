@@ -4,7 +4,8 @@ One warpgroup makes the maxima of one bin of one proposal for a block of
 channels, a channel for each thread, in registers: it walks through the cells of
 the bin row by row. No two of them write to the same place.
 
-The arguments are those of `reference.max_pool`; `masks` None means a full mask.
+The arguments are those of `reference.max_pool`, with at least one proposal;
+`masks` None means a full mask.
 """
 
 from __future__ import annotations
@@ -47,8 +48,6 @@ def _pool(features, masks, boxes, output_size, *, with_cells):
   num_cells = height * width
   oh, ow = output_size
   types = (features.dtype, jnp.int32)[: 1 + with_cells]
-  if not len(boxes):
-    return tuple(jnp.zeros((0, oh, ow, channels), t) for t in types)
   if num_cells > 2**24:
     raise ValueError(
       f"features: {height} x {width} cells are more than 2**24, the most that"

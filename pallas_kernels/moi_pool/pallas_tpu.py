@@ -7,7 +7,8 @@ bits, where single values can be read. The gradient runs the same way and
 collects the features' gradient of a block in VMEM: proposals follow one another
 on a core, so no two are added at the same time.
 
-The arguments are those of `reference.max_pool`; `masks` None means a full mask.
+The arguments are those of `reference.max_pool`, with at least one proposal;
+`masks` None means a full mask.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ LANES = 128
 MAX_SUBLANES = 8
 BLOCK_BYTES = 40 * 2**20  # at most, of a block of channels in VMEM
 VMEM_BYTES = 60 * 2**20
+# Grids whose blocks of 128 channels fit, as compiled for a v5e.
+MAX_CELLS = 120_000
+MAX_CELLS_OF_GRADIENT = 68_000
 BITS = 32  # of a word of the masks
 
 
@@ -68,8 +72,7 @@ def add_gradient(
   output_size = oh, ow
   num_bins = output_size[0] * output_size[1]
   height, width = grid_size
-  if not num_proposals:
-    return jnp.zeros((height, width, channels), jnp.float32)
+  _check_cells(height, width, MAX_CELLS_OF_GRADIENT)
   # The result has two buffers.
   sublanes = _sublanes(height * width, channels, BLOCK_BYTES // 2)
   block = sublanes * LANES
@@ -108,8 +111,7 @@ def _pool(features, masks, boxes, output_size, with_cells, interpret):
   height, width, channels = features.shape
   num_cells, num_bins = height * width, output_size[0] * output_size[1]
   types = (jnp.float32, jnp.int32)[: 1 + with_cells]
-  if not len(boxes):
-    return tuple(jnp.zeros((0, *output_size, channels), t) for t in types)
+  _check_cells(height, width, MAX_CELLS)
   sublanes = _sublanes(num_cells, channels, BLOCK_BYTES)
   block = sublanes * LANES
   num_blocks = pl.cdiv(channels, block)
@@ -146,6 +148,14 @@ def _pool(features, masks, boxes, output_size, with_cells, interpret):
   return found[0].astype(features.dtype), *found[1:]
 
 
+def _check_cells(height, width, most):
+  if height * width > most:
+    raise ValueError(
+      f"features: {height} x {width} cells are more than {most:,}, the most of"
+      f" 'pallas_tpu' (with a gradient {MAX_CELLS_OF_GRADIENT:,}); use 'xla'"
+    )
+
+
 def _sublanes(num_cells, channels, num_bytes):
   """Rows of 128 channels that a block has: as many as VMEM and C allow."""
   fitting = num_bytes // (num_cells * LANES * 4)
@@ -179,7 +189,8 @@ def _pack(masks, num_proposals, num_cells):
   masks = masks.reshape(num_proposals, num_cells)
   masks = jnp.pad(masks, ((0, 0), (0, -num_cells % BITS)))
   masks = masks.reshape(*shape, BITS).astype(jnp.int32)
-  return jnp.sum(masks << jnp.arange(BITS), axis=-1, dtype=jnp.int32)
+  places = jnp.arange(BITS)[None, None, None]
+  return jnp.sum(masks << places, axis=-1, dtype=jnp.int32)
 
 
 def _for_each_bin(edges_ref, output_size, body):

@@ -4,7 +4,8 @@ One program makes the maxima of one bin of one proposal for a block of channels.
 It walks through the cells of the bin row by row and loads several of them at
 once, for the loads to overlap. No two programs write to the same place.
 
-The arguments are those of `reference.max_pool`; `masks` None means a full mask.
+The arguments are those of `reference.max_pool`, with at least one proposal;
+`masks` None means a full mask.
 """
 
 from __future__ import annotations
@@ -53,8 +54,6 @@ def _pool(features, masks, boxes, output_size, with_cells, interpret):
   num_bins = output_size[0] * output_size[1]
   types = (features.dtype, cell_dtype(height * width))[: 1 + with_cells]
   shape = len(boxes), num_bins, channels
-  if not len(boxes):
-    return tuple(jnp.zeros((0, *output_size, channels), t) for t in types)
   edges = grid.bin_edges(
     boxes, output_size=output_size, grid_size=(height, width)
   )

@@ -30,8 +30,8 @@ def max_pool(
   """
   height, width, channels = features.shape
   flat = features.reshape(1, 1, -1, channels)
-  rows = jnp.arange(height)
-  columns = jnp.arange(width)
+  rows = jnp.arange(height)[None]
+  columns = jnp.arange(width)[None]
 
   def pool(proposal):
     mask, box = proposal
@@ -41,7 +41,7 @@ def max_pool(
     in_rows = (rows >= top[0, :, None]) & (rows < bottom[0, :, None])
     in_columns = (columns >= left[0, :, None]) & (columns < right[0, :, None])
     in_bin = in_rows[:, None, :, None] & in_columns[None, :, None, :]
-    cells = (in_bin & mask).reshape(*output_size, -1, 1)
+    cells = (in_bin & mask[None, None]).reshape(*output_size, -1, 1)
     # The first of equal maxima in row order, so that it alone gets a gradient.
     first = jnp.argmax(jnp.where(cells, flat, -jnp.inf), axis=2, keepdims=True)
     pooled = jnp.take_along_axis(flat, first, axis=2)[:, :, 0]

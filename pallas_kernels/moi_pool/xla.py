@@ -10,7 +10,8 @@ only a chunk's share of them.
 On a CPU a chunk is one proposal: its maxima stay in the core's cache. Devices
 that need more work at a time get larger chunks.
 
-The arguments are those of `reference.max_pool`; `masks` None means a full mask.
+The arguments are those of `reference.max_pool`, with at least one proposal;
+`masks` None means a full mask.
 The functions are jitted by themselves so that a program which calls them often,
 or in branches for several platforms, traces them once.
 """
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import grid
+from .. import arrays, grid
 
 STEPS_AT_ONCE = 8
 CHUNK = 128  # proposals at a time where the device is no CPU
@@ -123,13 +124,16 @@ def add_gradient(
   """
   height, width = grid_size
   channels = gradient.shape[-1]
-  dtype = jnp.promote_types(gradient.dtype, jnp.float32)
+  dtype = arrays.wide(gradient.dtype)
   # What empty bins carry goes to a row past the grid.
-  total = jnp.zeros((height * width + 1) * channels, dtype)
+  size = (height * width + 1) * channels
+  total = jnp.zeros_like(gradient, dtype, shape=size)
 
   def add(gradient, argmax, total):
     index = argmax.astype(jnp.int32) * channels
-    index += jnp.arange(channels, dtype=jnp.int32)
+    index += jnp.arange(channels, dtype=jnp.int32).reshape(
+      (1,) * (index.ndim - 1) + (channels,)
+    )
     return total.at[index.reshape(-1)].add(
       gradient.reshape(-1).astype(dtype), mode="promise_in_bounds"
     )
@@ -140,10 +144,9 @@ def add_gradient(
       0, len(gradient), lambda p, t: add(gradient[p], argmax[p], t), total
     )
 
-  if len(gradient):
-    total = lax.platform_dependent(
-      gradient, argmax, total, cpu=add_one_by_one, default=add
-    )
+  total = lax.platform_dependent(
+    gradient, argmax, total, cpu=add_one_by_one, default=add
+  )
   return total[: height * width * channels].reshape(height, width, channels)
 
 
@@ -168,7 +171,7 @@ def add_gradient_in_integers(
   _, exponent = jnp.frexp(jnp.max(jnp.abs(gradient), initial=0))
   bits = 30 - len(gradient).bit_length()
   rest, total, unit = jnp.ldexp(gradient, -exponent), 0.0, 1.0
-  columns = jnp.arange(channels, dtype=jnp.int32)
+  columns = jnp.arange(channels, dtype=jnp.int32)[None]
   for _ in range(3):
     unit *= 2.0**-bits
     part = jnp.round(rest / unit)
@@ -186,8 +189,6 @@ def _by_chunks(pool, results, features, masks, boxes):
   """Makes `results` [P, oh, ow, C] of what `pool` returns for each walk."""
   height, width, channels = features.shape
   num_proposals, oh, ow, _ = results[0].shape
-  if not num_proposals:
-    return tuple(jnp.zeros(r.shape, r.dtype) for r in results)
   top, bottom, left, right = grid.bin_edges(
     boxes, output_size=(oh, ow), grid_size=(height, width)
   )
@@ -237,11 +238,11 @@ def _by_chunks(pool, results, features, masks, boxes):
       0,
       -(-num_proposals // size),
       functools.partial(one_chunk, size, bins, flat.astype(dtype)),
-      tuple(_bits(jnp.zeros(r.shape, r.dtype)) for r in results),
+      tuple(_bits(jnp.zeros_like(flat, r.dtype, r.shape)) for r in results),
     )
 
   # CPUs have no bfloat16: XLA would convert all features for each chunk.
-  wide = jnp.promote_types(features.dtype, jnp.float32)
+  wide = arrays.wide(features.dtype)
   found = lax.platform_dependent(
     bins,
     flat,
@@ -277,7 +278,7 @@ def _forwards(walk):
       pooled = jnp.maximum(pooled, walk.flat[cells])
     return pooled
 
-  start = jnp.full(walk.shape, -jnp.inf, walk.flat.dtype)
+  start = jnp.full_like(walk.flat, -jnp.inf, shape=walk.shape)
   return lax.fori_loop(0, _rounds(walk), body, start)
 
 
@@ -292,7 +293,7 @@ def _backwards(walk, pooled):
       first = jnp.where(equal, cells[..., None], first)
     return first
 
-  first = lax.fori_loop(0, rounds, body, jnp.zeros(walk.shape, jnp.int32))
+  first = lax.fori_loop(0, rounds, body, jnp.zeros_like(pooled, jnp.int32))
   return jnp.where(pooled == -jnp.inf, len(walk.flat) - 1, first)
 
 

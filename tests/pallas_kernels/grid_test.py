@@ -33,6 +33,14 @@ def test_grid_boxes_round_half_away_from_zero():
   np.testing.assert_array_equal(got, [[1, 2, 3, 4], [-1, -2, 0, 0]])
 
 
+def test_grid_boxes_without_an_end():
+  boxes = jnp.array([[0, -jnp.inf, jnp.inf, 1e30]])
+  got = pallas_kernels.grid_boxes(boxes, stride=8)
+  np.testing.assert_array_equal(got, [[0, -(2**24), 2**24, 2**24]])
+  pooled = pallas_kernels.roi_pool(jnp.arange(6.0).reshape(3, 2, 1), got)
+  assert pooled.max() == 5  # one bin has the whole grid
+
+
 def test_bin_edges_of_the_known_box():
   boxes = jnp.array([[0, 0, 14, 14]])
   top, bottom, left, right = grid.bin_edges(
@@ -70,6 +78,17 @@ def test_bin_edges_of_very_large_boxes_are_exact():
   u = np.arange(7)
   np.testing.assert_array_equal(top[0], extent * u // 7)
   np.testing.assert_array_equal(bottom[0], -(-extent * (u + 1) // 7))
+
+
+@pytest.mark.parametrize("extent", [2**24 + 1, 2**31 - 1])
+def test_bin_edges_of_huge_boxes_do_not_overflow(extent):
+  boxes = jnp.array([[0, 0, extent - 1, 0]])
+  top, bottom, _, _ = grid.bin_edges(
+    boxes, output_size=(100, 1), grid_size=(extent, 1)
+  )
+  u = np.arange(100)
+  np.testing.assert_array_equal(top[0], extent * u // 100)
+  np.testing.assert_array_equal(bottom[0], -(-extent * (u + 1) // 100))
 
 
 def test_bin_edges_outside_the_grid_are_empty():
@@ -186,8 +205,26 @@ def test_superpixel_masks_reject_bad_arguments():
     pallas_kernels.superpixel_masks(
       superpixels, membership, None, stride=2, availability="half"
     )
-  with pytest.raises(ValueError, match=r"stride.*0"):
-    pallas_kernels.superpixel_masks(superpixels, membership, None, stride=0)
+  for stride in (0, 2.0):
+    with pytest.raises(ValueError, match=f"stride.*{stride}.*integer"):
+      pallas_kernels.superpixel_masks(
+        superpixels, membership, None, stride=stride
+      )
+  with pytest.raises(ValueError, match=r"stride.*static under jit"):
+    jax.jit(pallas_kernels.superpixel_masks)(
+      superpixels, membership, None, stride=2
+    )
+
+
+def test_options_of_bins_and_boxes_are_checked():
+  for stride in (0, -8.0):
+    with pytest.raises(ValueError, match=f"stride.*{stride}"):
+      pallas_kernels.grid_boxes(PIXELS, stride=stride)
+  for output_size in (7, (0, 2), (1, 2, 3)):
+    with pytest.raises(ValueError, match="output_size"):
+      pallas_kernels.available_bins(
+        ARGUMENTS["masks"], ARGUMENTS["boxes"], output_size=output_size
+      )
 
 
 ARGUMENTS = {

@@ -13,6 +13,7 @@ ROOT = pathlib.Path(pallas_kernels.__file__).parent
 
 VENDORED = """
 import sys
+sys.modules["absl"] = None  # jax does not bring it
 import numpy as np
 from mine.parts import pooling
 
@@ -23,6 +24,18 @@ pooled = pooling.roi_pool(
   interpret=True,
 )
 assert pooled.shape == (1, 7, 7, 2)
+try:
+  pooling.roi_pool(
+    np.ones((3, 4, 2), "f"),
+    np.array([[0, 0, 2, 3]]),
+    implementation="pallas_mosaic_gpu",
+  )
+except ModuleNotFoundError as error:
+  assert "pip install absl-py" in str(error)
+except ValueError as error:  # newer jax does not need it
+  assert "CPU" in str(error)
+else:
+  raise AssertionError
 assert "pallas_kernels" not in sys.modules
 """
 

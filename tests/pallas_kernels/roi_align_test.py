@@ -160,5 +160,14 @@ def test_bad_arguments():
     roi_align(features[None], boxes, stride=8)
   with pytest.raises(ValueError, match=r"boxes.*\[4, 10\]"):
     roi_align(features, boxes.T, stride=8)
-  with pytest.raises(ValueError, match="output_size"):
-    roi_align(features, boxes, stride=8, output_size=(0, 7))
+  with pytest.raises(ValueError, match=r"boxes.*bool"):
+    roi_align(features, boxes > 0, stride=8)
+  for stride in (0, -8):
+    with pytest.raises(ValueError, match=f"stride.*{stride}"):
+      roi_align(features, boxes, stride=stride)
+  for output_size in ((0, 7), 7):
+    with pytest.raises(ValueError, match="output_size"):
+      roi_align(features, boxes, stride=8, output_size=output_size)
+  for ratio in (0, 2.0):
+    with pytest.raises(ValueError, match=f"sampling_ratio.*{ratio}"):
+      roi_align(features, boxes, stride=8, sampling_ratio=ratio)

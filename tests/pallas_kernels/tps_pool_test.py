@@ -181,6 +181,8 @@ def test_vmap_bfloat16_and_no_proposals():
     ({"boxes": np.zeros((2, 4), np.float32)}, "boxes.*float32"),
     ({"points_per_side": 1}, "points_per_side.*1.*at least 2"),
     ({"samples_per_bin": 0}, "samples_per_bin.*0"),
+    ({"samples_per_bin": 2.0}, "samples_per_bin.*2.0.*integers"),
+    ({"output_size": 7}, "output_size.*7"),
   ],
 )
 def test_bad_arguments(change, message):

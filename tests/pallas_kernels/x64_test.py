@@ -72,6 +72,24 @@ def test_gradients_of_float64_keep_their_digits(implementation):
     assert gradient[0, 0, 0] == 1 + 1e-12
 
 
+@pytest.mark.parametrize("ratio", [1, None])
+def test_roi_align_keeps_the_digits_of_float64(ratio):
+  with jax.enable_x64(True):
+    pooled, pullback = jax.vjp(
+      lambda f: pallas_kernels.roi_align(
+        f,
+        np.array([[0, 0, 1, 1]] * 2),
+        stride=1,
+        output_size=(1, 1),
+        sampling_ratio=ratio,
+      ),
+      jnp.full((1, 1, 1), 1 + 1e-12),
+    )
+    (gradient,) = pullback(jnp.array([1, 1e-12]).reshape(pooled.shape))
+    assert pooled.dtype == gradient.dtype == jnp.float64
+    assert pooled[0, 0, 0, 0] == gradient[0, 0, 0] == 1 + 1e-12
+
+
 @pytest.mark.parametrize("integer", [np.int64, np.uint8])
 def test_boxes_of_other_integers(integer):
   with jax.enable_x64(True):

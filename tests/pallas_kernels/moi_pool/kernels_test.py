@@ -6,6 +6,7 @@ end takes the kernel. `benchmarks/compile_kernels.py` goes on to machine code.
 
 import contextlib
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +132,7 @@ def test_full_masks_need_none(implementation):
 def test_tpu_kernels_have_no_races():
   features, masks, boxes = random_case(4, channels=5, proposals=6)
   interpret = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan"
+    detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2
   )
   pooled, argmax = pallas_tpu.pooled_argmax(
     features, masks, boxes, (2, 2), interpret=interpret
@@ -205,6 +206,46 @@ def test_another_device_is_an_error():
       pallas_kernels.moi_pool(
         features, masks, boxes, implementation=implementation
       )
+
+
+@pytest.mark.parametrize(
+  ("deterministic", "sums"),
+  [(True, ["43x3xi32"] * 3), (False, [f"{43 * 3}xf32"])],
+)
+def test_gpus_sum_in_integers_where_asked_to(deterministic, sums):
+  features = jnp.ones((6, 7, 3))
+  masks, boxes = np.ones((4, 6, 7), bool), np.zeros((4, 4), np.int32)
+
+  def loss(features):
+    return pallas_kernels.moi_pool(
+      features, masks, boxes, deterministic=deterministic
+    ).sum()
+
+  traced = jax.jit(jax.grad(loss)).trace(features)
+  lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+  found = re.findall(
+    r"stablehlo\.scatter.*?-> tensor<(\w+)>\n", lowered, re.DOTALL
+  )
+  assert found == sums
+
+
+@pytest.mark.parametrize(
+  ("grid", "differentiated"), [((304, 406), False), ((256, 274), True)]
+)
+def test_a_grid_that_vmem_cannot_hold_is_an_error(grid, differentiated):
+  def pool(features):
+    return vjp.max_pool(
+      features,
+      None,
+      jnp.zeros((2, 4), jnp.int32),
+      (7, 7),
+      implementation="pallas_tpu",
+    )
+
+  function = jax.grad(lambda f: pool(f).sum()) if differentiated else pool
+  features = jax.ShapeDtypeStruct((*grid, 256), jnp.float32)
+  with pytest.raises(ValueError, match=r"features: \d+ x \d+ cells.*'xla'"):
+    jax.eval_shape(function, features)
 
 
 def test_sums_in_integers_equal_sums_in_float64():

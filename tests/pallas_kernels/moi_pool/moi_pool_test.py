@@ -117,6 +117,37 @@ def test_rematerialised(pool):
     np.testing.assert_allclose(again, once, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    {"deterministic": True},
+    {"implementation": "pallas_tpu", "interpret": True},
+    {"implementation": "pallas_triton", "interpret": True},
+  ],
+)
+def test_gradients_of_second_order(options):
+  features, masks, boxes = random_case(2, grid=(5, 6), proposals=6)
+  boxes = np.clip(boxes, 0, 4)
+
+  def square_of_gradient(features, options):
+    def loss(features):
+      pooled = pallas_kernels.moi_pool(
+        features, masks, boxes, output_size=(2, 3), **options
+      )
+      return jnp.sum(pooled**3)
+
+    return jnp.sum(jax.grad(loss)(features) ** 2)
+
+  found, expected = (
+    jax.jit(jax.grad(functools.partial(square_of_gradient, options=o)))(
+      jnp.asarray(features)
+    )
+    for o in (options, {"implementation": "reference"})
+  )
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("cells", [255, 256, 65_536])
 def test_argmax_type_holds_the_last_cell_and_the_mark(cells):
   features = jnp.arange(cells, dtype=jnp.float32).reshape(1, cells, 1)
@@ -326,6 +357,7 @@ def test_masked_average():
     expected = rounded[mask].mean(0) if mask.any() else np.zeros(3)
     np.testing.assert_allclose(got[p], expected, rtol=1e-5, atol=1e-6)
   assert not masks[5].any()
+  assert masked_average(features, masks[:0]).shape == (0, 3)
 
 
 def test_available_bins_are_the_bins_that_are_pooled():
@@ -350,8 +382,21 @@ def test_available_bins_are_the_bins_that_are_pooled():
       "box 1 is",
     ),
     ({"output_size": (7, 0)}, "output_size"),
+    ({"output_size": 7}, "output_size.*7.*two positive integers"),
+    ({"output_size": (7.0, 7.0)}, "output_size.*7.0"),
+    ({"output_size": (7, 7, 7)}, "output_size"),
     ({"compensation": "sum"}, "compensation.*'sum'"),
     ({"implementation": "cuda"}, "implementation.*'cuda'"),
+    ({"interpret": True}, "interpret.*=None.*'pallas_tpu', 'pallas_triton'"),
+    ({"interpret": True, "implementation": "xla"}, "interpret.*'xla'"),
+    (
+      {"interpret": True, "implementation": "pallas_mosaic_gpu"},
+      "interpret.*'pallas_mosaic_gpu'",
+    ),
+    (
+      {"deterministic": True, "implementation": "reference"},
+      "deterministic.*'reference'",
+    ),
   ],
 )
 def test_bad_arguments(change, message):
@@ -362,6 +407,21 @@ def test_bad_arguments(change, message):
   }
   with pytest.raises(ValueError, match=message):
     pallas_kernels.moi_pool(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+  ("box", "cell"), [((0, 0, -1, -1), (0, 0)), ((3, 2, -4, 1), (3, 2))]
+)
+def test_a_box_that_ends_before_it_starts_is_one_cell(box, cell):
+  features = jnp.arange(20.0).reshape(4, 5, 1)
+  boxes = np.array([box])
+  for pool in (roi_pool, pallas_kernels.roi_pool):  # traced, and not
+    found = pool(features, boxes, output_size=(2, 2))
+    np.testing.assert_array_equal(
+      found, jnp.broadcast_to(features[cell], (1, 2, 2, 1))
+    )
+  with pytest.raises(ValueError, match=r"box 0 is.*outside"):
+    pallas_kernels.roi_pool(features, np.array([[-1, 0, -3, 2]]))
 
 
 def test_numpy_arguments_without_jit():
