@@ -65,7 +65,7 @@ def roi_align(
       " None"
     )
   features, boxes = arrays.vary_alike(features, boxes)
-  if not len(boxes):
+  if boxes.shape[0] == 0:  # no len, which a symbolic size has not
     return jnp.zeros_like(features, shape=(0, *output_size, features.shape[-1]))
   boxes = boxes.astype(jnp.float32) / stride - 0.5
   if sampling_ratio is None:

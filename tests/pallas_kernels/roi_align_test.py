@@ -1,5 +1,6 @@
 """RoIAlign against a loop over its sample points."""
 
+import functools
 import math
 
 import jax
@@ -171,3 +172,20 @@ def test_bad_arguments():
   for ratio in (0, 2.0):
     with pytest.raises(ValueError, match=f"sampling_ratio.*{ratio}"):
       roi_align(features, boxes, stride=8, sampling_ratio=ratio)
+
+
+@pytest.mark.parametrize("ratio", [2, None])
+def test_number_of_boxes_may_be_left_open_in_an_export(ratio):
+  (count,) = jax.export.symbolic_shape("n")
+  align = functools.partial(roi_align, stride=2.0, sampling_ratio=ratio)
+  exported = jax.export.export(jax.jit(align))(
+    jax.ShapeDtypeStruct((5, 6, 3), jnp.float32),
+    jax.ShapeDtypeStruct((count, 4), jnp.float32),
+  )
+  rng = np.random.default_rng(0)
+  features = rng.normal(size=(5, 6, 3)).astype(np.float32)
+  for n in (1, 4):
+    boxes = np.tile(np.float32([0, 1, 7, 9]), (n, 1))
+    np.testing.assert_allclose(
+      exported.call(features, boxes), align(features, boxes), rtol=1e-5
+    )
