@@ -153,16 +153,14 @@ def main(argv: list[str]) -> None:
   if not _DISTRIBUTED.value:  # jax.distributed listens itself
     numbers = (signal.SIGINT, signal.SIGTERM)
     received = _interrupt_at(*(numbers if _stops_well() else numbers[:1]))
-  try:
-    _import_what_runs()
+  try:  # late, so that --help and a wrong flag answer at once
+    from jtsm_jax import distributed, run
+    from jtsm_jax.train.stopping import Stopped
+    from jtsm_jax.types import InputError
   except KeyboardInterrupt:
     _stop_at_once(received)
   except ImportError as error:
     _fail(f"{error}; `make install` brings what is needed")
-  from jtsm_jax import distributed, run
-  from jtsm_jax.train.stopping import Stopped
-  from jtsm_jax.types import InputError
-
   try:
     if _DISTRIBUTED.value:
       distributed.start(*by_hand)
@@ -199,13 +197,6 @@ def main(argv: list[str]) -> None:
   except Stopped as stopped:
     print("\nstopped and saved; the same command goes on from here")
     _exit_at_once(130 if stopped.signal == signal.SIGINT else 0)
-
-
-def _import_what_runs() -> None:
-  """Late, so that --help and a wrong flag answer at once."""
-  from jtsm_jax import distributed, run
-
-  del distributed, run
 
 
 def _stop_at_once(received: list[int]) -> NoReturn:

@@ -104,10 +104,12 @@ def test_a_run_that_is_interrupted_says_by_what(
 
 
 def test_what_is_not_installed_is_named(fails, monkeypatch, capsys):
-  def fail():
+  def fail(name):
     raise ImportError("No module named 'orbax'")
 
-  monkeypatch.setattr(main, "_import_what_runs", fail)
+  monkeypatch.delattr("jtsm_jax.run")
+  monkeypatch.delitem(sys.modules, "jtsm_jax.run")
+  monkeypatch.setattr("jtsm_jax.__getattr__", fail, raising=False)
   with pytest.raises(SystemExit) as end:
     fails(None)
   assert end.value.code == 2

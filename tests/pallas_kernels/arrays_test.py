@@ -1,11 +1,8 @@
 """Four devices, `jax.shard_map` with its defaults: values and gradients."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
+
+from tests.devices import run_script
 
 HEAD = """
 import functools
@@ -104,22 +101,4 @@ for name, pool in pools.items():
   ids=["images", "proposals", "replicated"],
 )
 def test_values_and_gradients_are_those_of_one_device(body):
-  run(HEAD + body)
-
-
-def run(script: str) -> None:
-  """Runs a script where there are four devices."""
-  found = subprocess.run(
-    [sys.executable, "-c", script],
-    cwd=pathlib.Path(__file__).parents[2],
-    env=os.environ
-    | {
-      "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": os.environ["XLA_FLAGS"]
-      + " --xla_force_host_platform_device_count=4",
-    },
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert found.returncode == 0, found.stderr[-3000:]
+  run_script(HEAD + body, devices=4)

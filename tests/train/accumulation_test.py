@@ -3,10 +3,7 @@
 Eight devices exist only in a process that is started for it.
 """
 
-import os
-import pathlib
-import subprocess
-import sys
+from tests.devices import run_script
 
 SCRIPT = """
 import jax, jax.numpy as jnp, numpy as np, optax
@@ -100,21 +97,7 @@ print("equal")
 
 
 def test_twenty_steps_are_the_same_on_every_mesh():
-  found = subprocess.run(
-    [sys.executable, "-c", SCRIPT],
-    cwd=pathlib.Path(__file__).parents[2],
-    env={
-      **os.environ,
-      "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": os.environ["XLA_FLAGS"]
-      + " --xla_force_host_platform_device_count=8",
-      # Threads for the devices that wait for one another: with as many as
-      # there are devices, two sums in flight at once can take them all.
-      "NPROC": "64",
-    },
-    capture_output=True,
-    text=True,
-    timeout=900,
-  )
-  assert found.returncode == 0, found.stderr[-3000:]
-  assert found.stdout.strip() == "equal"
+  # NPROC: threads for the devices that wait for one another. With as many as
+  # there are devices, two sums in flight at once can take them all.
+  found = run_script(SCRIPT, devices=8, timeout=900, NPROC="64")
+  assert found == "equal"

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
-import pathlib
 import socket
 import subprocess
 import sys
@@ -15,8 +13,7 @@ import pytest
 from jtsm_jax.train.sharding import make_mesh, put_batch, replicated
 from jtsm_jax.types import InputError
 from tests import tiny
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.devices import ROOT, environment, run_script
 
 # Four devices exist only in a process that is started for it.
 SCRIPT = """
@@ -70,21 +67,7 @@ print("equal")
 
 
 def test_four_devices_and_two_parts_give_the_gradients_of_one():
-  found = subprocess.run(
-    [sys.executable, "-c", SCRIPT],
-    cwd=ROOT,
-    env={
-      **os.environ,
-      "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": os.environ["XLA_FLAGS"]
-      + " --xla_force_host_platform_device_count=4",
-    },
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
-  assert found.returncode == 0, found.stderr[-3000:]
-  assert found.stdout.strip() == "equal"
+  assert run_script(SCRIPT, devices=4) == "equal"
 
 
 def test_batches_keep_their_values_and_what_is_absent_stays_so():
@@ -190,12 +173,7 @@ def test_a_part_of_a_batch_that_is_not_the_mesh_s_is_an_error():
     subprocess.Popen(
       [sys.executable, "-c", TWO, str(port), str(k)],
       cwd=ROOT,
-      env=os.environ
-      | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": os.environ["XLA_FLAGS"]
-        + " --xla_force_host_platform_device_count=2",
-      },
+      env=environment(2),
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,

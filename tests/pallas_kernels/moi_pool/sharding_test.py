@@ -1,9 +1,6 @@
 """Eight devices pool their own images, and nothing is gathered."""
 
-import os
-import pathlib
-import subprocess
-import sys
+from tests.devices import run_script
 
 SCRIPT = """
 import jax, jax.numpy as jnp, numpy as np
@@ -40,19 +37,4 @@ print("nothing gathered")
 
 
 def test_nothing_is_gathered():
-  root = pathlib.Path(__file__).parents[3]
-  found = subprocess.run(
-    [sys.executable, "-c", SCRIPT],
-    cwd=root,
-    env=os.environ
-    | {
-      "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": os.environ["XLA_FLAGS"]
-      + " --xla_force_host_platform_device_count=8",
-    },
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert found.returncode == 0, found.stderr[-3000:]
-  assert found.stdout.strip() == "nothing gathered"
+  assert run_script(SCRIPT, devices=8) == "nothing gathered"
