@@ -150,7 +150,7 @@ def read_figures(
   for half in range(2):
     quality = PanopticQuality(data.categories)
     for i in range(half, len(images), 2):
-      quality.add(predictions[f"{images.image_ids[i]}.jpg"], images.target(i))
+      quality.add(predictions[images.file_names[i]], images.target(i))
     figures[f"half {half + 1}"] = quality.result()["all"]["pq"]
   return {name: round(value, 2) for name, value in figures.items()}
 

@@ -330,6 +330,9 @@ class Record:
     tags: class indices, ascending, the image's own tags.
     target: the panoptic ground truth; None in every training split.
     instances: the ground truth of its things; None in every training split.
+    file_name: of the image, as the data set names it; "" where that is
+      `image_id`.
+    source_id: of the image in the data set's JSON, None where it has none.
   """
 
   image_id: str
@@ -339,3 +342,5 @@ class Record:
   tags: tuple[int, ...]
   target: PanopticMap | None = None
   instances: Instances | None = None
+  file_name: str = ""
+  source_id: int | str | None = None

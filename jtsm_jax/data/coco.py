@@ -32,6 +32,7 @@ from jtsm_jax.data.files import (
   is_file,
   is_folder,
   read_file,
+  safe_name,
   safe_path,
 )
 from jtsm_jax.data.json_files import json_field, json_key, read_json
@@ -41,6 +42,7 @@ from jtsm_jax.data.panoptic_files import (
   json_images,
   read_panoptic,
 )
+from jtsm_jax.data.run_lengths import read_runs
 from jtsm_jax.data.source import LazyRecords, Source
 from jtsm_jax.data.transforms import MAX_PIXELS
 from jtsm_jax.types import (
@@ -155,6 +157,10 @@ class InstanceFile(Mapping[str, Instances]):
     """Height and width of an image and its masks, pixels."""
     return self._images[image_file].size
 
+  def source_id(self, image_file: str) -> int | str:
+    """The id of an image in the JSON."""
+    return self._images[image_file].source_id
+
   def __iter__(self) -> Iterator[str]:
     return iter(self._images)
 
@@ -173,6 +179,7 @@ class _Annotation:
 
 @dataclasses.dataclass(frozen=True)
 class _Annotated:
+  source_id: int | str
   size: tuple[int, int]
   found: list[_Annotation] = dataclasses.field(default_factory=list)
 
@@ -203,7 +210,8 @@ def read_instances(
   check_categories(json_file, content, categories)
   entries = json_images(json_file, content)
   images = {
-    id_: _Annotated(_size(entry, json_file)) for id_, entry in entries.items()
+    id_: _Annotated(id_, _size(entry, json_file))
+    for id_, entry in entries.items()
   }
   index_of = {c.id: i for i, c in enumerate(categories.items)}
   for annotation in json_field(
@@ -297,7 +305,7 @@ def _check_rle(rle: dict[str, Any], size: tuple[int, int], where: str) -> None:
   counts = rle.get("counts")
   try:
     if isinstance(counts, str):
-      runs = _run_lengths(counts.encode("ascii"))
+      runs = read_runs(counts.encode("ascii"))
     elif _numbers(counts) > 0 and all(isinstance(c, int) for c in counts):
       runs = np.array(counts, np.int64)
     else:
@@ -310,29 +318,6 @@ def _check_rle(rle: dict[str, Any], size: tuple[int, int], where: str) -> None:
       f"{where} has an RLE that is damaged ({error}); its runs must fill the"
       f" image of {size[0]} x {size[1]}"
     ) from error
-
-
-def _run_lengths(text: bytes) -> np.ndarray:
-  """Decodes COCO's compressed counts, without the trust pycocotools has.
-
-  A character carries 5 bits and a flag that more follow, lowest first; the last
-  one's highest bit is the sign. From the fourth on, a number is the difference
-  to the one two before it.
-  """
-  codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
-  if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
-    raise ValueError("'counts' is no complete string of run lengths")
-  ends = np.flatnonzero(codes & 32 == 0)
-  starts = np.append(0, ends[:-1] + 1)
-  lengths = ends - starts + 1
-  if lengths.max() > 6:
-    raise ValueError("'counts' has a number of more than 30 bits")
-  place = np.arange(len(codes)) - np.repeat(starts, lengths)
-  runs = np.add.reduceat((codes & 31) << 5 * place, starts)
-  runs -= np.where(codes[ends] & 16, 1 << 5 * lengths, 0)
-  for first in (1, 2):
-    runs[first::2] = np.cumsum(runs[first::2])
-  return runs
 
 
 def _rle(segmentation: Any, height: int, width: int) -> bytes:
@@ -381,6 +366,7 @@ def _class_of(entry: Any, index_of: Mapping[int, int], where: str) -> int:
 @dataclasses.dataclass(frozen=True)
 class _Image:
   image_id: str
+  source_id: int | str
   name: str  # file_name of the JSON
   path: AnyPath
   tags: tuple[int, ...]
@@ -418,11 +404,20 @@ def _source(kind: str, root: AnyPath, train_set: str, val_set: str) -> Source:
           " the same, in the same order"
         )
     splits["val"] = _val_records(kind, root, val_json, categories, val)
-    both = {image.image_id for image in train} & {i.image_id for i in val}
+    val_path = {image.image_id: image.path for image in val}
+    both = [image for image in train if image.image_id in val_path]
+    for image in both:  # what is made of images is filed under their names
+      other = val_path[image.image_id]
+      if image.path != other:
+        raise InputError(
+          f"the images {image.path} and {other} would both be called"
+          f" {image.image_id!r}; rename one"
+        )
     if both:
       _note(
         f"{val_json}: {len(both)} images are trained on, too, e.g."
-        f" {min(both)!r}; figures measured on them are too good"
+        f" {min(image.image_id for image in both)!r}; figures measured on them"
+        " are too good"
       )
   return Source(
     name=f"coco2017_{kind}",
@@ -489,14 +484,14 @@ def _read_set(
   for id_, entry in entries.items():
     name = entry["file_name"]
     path = safe_path(folder, name, f"{json_file}: the file of image {id_!r}")
-    image_id = PurePosixPath(name).stem
+    image_id = safe_name(PurePosixPath(name).stem)
     other = name_of.setdefault(image_id, name)
     if other != name:
       raise InputError(
         f"{json_file}: the images {other!r} and {name!r} would both be called"
         f" {image_id!r}; rename one"
       )
-    images.append(_Image(image_id, name, path, tuple(sorted(tags[id_]))))
+    images.append(_Image(image_id, id_, name, path, tuple(sorted(tags[id_]))))
   exists = file_lookup()
   missing = [image.name for image in images if not exists(image.path)]
   if missing:
@@ -552,6 +547,8 @@ def _records(
       image.tags,
       target=None if targets is None else targets[image.name],
       instances=None if instances is None else instances[image.name],
+      file_name=image.name,
+      source_id=image.source_id,
     )
 
   return LazyRecords(len(images), read)

@@ -202,10 +202,19 @@ def _state(root, train, val) -> str:
   return digest.hexdigest()[:16]
 
 
-def _record(entry: FolderEntry, **truth) -> Record:
+def _record(
+  entry: FolderEntry, *, height: int = 0, width: int = 0, **truth
+) -> Record:
   image = read_file(entry.path)
-  size = {"height": 0, "width": 0}
-  return Record(entry.image_id, image, tags=entry.tags, **(size | truth))
+  return Record(
+    entry.image_id,
+    image,
+    height,
+    width,
+    entry.tags,
+    file_name=entry.name,
+    **truth,
+  )
 
 
 def _truth_reader(
@@ -229,14 +238,26 @@ def _truth_reader(
     def read(entry: FolderEntry) -> Record:
       name = spelt[entry.name]
       height, width = instances.size(name)
-      found = instances[name]
-      return _record(entry, height=height, width=width, instances=found)
+      return _record(
+        entry,
+        height=height,
+        width=width,
+        instances=instances[name],
+        source_id=instances.source_id(name),
+      )
 
     return read
   targets = read_panoptic(path, path.with_suffix(""), categories)
   spelt = {composed(name): name for name in targets}
   _check_lacking(path, [e.name for e in entries if e.name not in spelt])
-  return lambda entry: _record(entry, target=targets[spelt[entry.name]])
+
+  def read_map(entry: FolderEntry) -> Record:
+    name = spelt[entry.name]
+    return _record(
+      entry, target=targets[name], source_id=targets.source_id(name)
+    )
+
+  return read_map
 
 
 def _check_lacking(path: AnyPath, names: list[str]) -> None:

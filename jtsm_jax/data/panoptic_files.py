@@ -67,13 +67,26 @@ def decode_ids(colours: np.ndarray) -> np.ndarray:
 class PanopticFiles(Mapping[str | int, PanopticMap]):
   """Maps by image file name or image id; each map is read when asked for."""
 
-  def __init__(self, entries: dict[str | int, dict[str, Any]]):
-    """Args: of each image, the arguments of `_read_map`."""
+  def __init__(
+    self,
+    entries: dict[str | int, dict[str, Any]],
+    source_ids: dict[str | int, str | int],
+  ):
+    """Args: of each image, the arguments of `_read_map`; its id in the JSON."""
     self._entries = entries
+    self._source_ids = source_ids
 
   def part(self, images: Iterable[str | int]) -> PanopticFiles:
     """The maps of some of the images alone."""
-    return PanopticFiles({image: self._entries[image] for image in images})
+    images = list(images)
+    return PanopticFiles(
+      {image: self._entries[image] for image in images},
+      {image: self._source_ids[image] for image in images},
+    )
+
+  def source_id(self, image: str | int) -> str | int:
+    """The id of an image in the JSON."""
+    return self._source_ids[image]
 
   def __getitem__(self, image: str | int) -> PanopticMap:
     return _read_map(**self._entries[image])
@@ -113,7 +126,7 @@ def read_panoptic(
   data = read_json(json_file)
   check_categories(json_file, data, categories)
   images = json_images(json_file, data)
-  entries = {}
+  entries, source_ids = {}, {}
   for image_id, annotation in _annotations(json_file, data):
     image = images.get(json_key(image_id))
     if image is None:
@@ -130,7 +143,8 @@ def read_panoptic(
     entries[image_file] = _map_arguments(
       annotation, json_file, folder, categories, size=size
     )
-  return PanopticFiles(entries)
+    source_ids[image_file] = image_id
+  return PanopticFiles(entries, source_ids)
 
 
 def read_panoptic_results(
@@ -156,7 +170,7 @@ def read_panoptic_results(
     entries[image_id] = _map_arguments(
       annotation, json_file, folder, categories, size=(None, None)
     )
-  return PanopticFiles(entries)
+  return PanopticFiles(entries, {image: image for image in entries})
 
 
 def _check_folder(json_file: AnyPath, folder: AnyPath) -> None:

@@ -73,6 +73,8 @@ _PLAN = "plan.json"
 # What is noted of each record of a piece.
 _SUMMARY = (
   "image_ids",
+  "file_names",
+  "source_ids",
   "sizes",
   "tags",
   "digests",
@@ -331,6 +333,8 @@ def _write_piece(source, directory, piece, pool, bar) -> dict[str, Any]:
         )
         continue
       summary["image_ids"].append(record.image_id)
+      summary["file_names"].append(record.file_name or record.image_id)
+      summary["source_ids"].append(record.source_id)
       summary["sizes"].append(size)
       summary["tags"].append(record.tags)
       summary["digests"].append(hashlib.sha256(record.image).hexdigest())
@@ -528,6 +532,8 @@ def _write_index(
   np.savez_compressed(
     data,
     image_ids=np.array(index["image_ids"], dtype=np.str_),
+    file_names=np.array(index["file_names"], dtype=np.str_),
+    source_ids=np.array([*map(json.dumps, index["source_ids"])], dtype=np.str_),
     sizes=np.array(index["sizes"], np.int32).reshape(-1, 2),
     tags=tags,
     digests=np.array(index["digests"], dtype=np.str_),

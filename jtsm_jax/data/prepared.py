@@ -3,7 +3,7 @@
 A prepared directory holds
 
     prepared.json       name, classes, citation, images of each split
-    SPLIT_index.npz     ids, sizes, tags and hashes of a split's images
+    SPLIT_index.npz     ids, names, sizes, tags and hashes of a split's images
     images/             a TFDS data set: id, image and tags of every image
     panoptic/           a TFDS data set: the panoptic masks of evaluation splits
     instances/          a TFDS data set: their instances
@@ -57,7 +57,7 @@ from jtsm_jax.types import (
   Segment,
 )
 
-VERSION = "2.0.0"
+VERSION = "2.1.0"
 """Of the layout above; another version is prepared anew."""
 
 INFO = "prepared.json"
@@ -67,6 +67,8 @@ PARTS = IMAGES, PANOPTIC, INSTANCES = "images", "panoptic", "instances"
 INDEX_FIELDS = frozenset(
   {
     "image_ids",
+    "file_names",
+    "source_ids",
     "sizes",
     "tags",
     "digests",
@@ -75,7 +77,13 @@ INDEX_FIELDS = frozenset(
     "instances_rows",
   }
 )
-INSTANCE_ARRAYS = ("category", "boxes", "area", "is_crowd", "is_difficult")
+INSTANCE_ARRAYS = {
+  "category": np.int32,
+  "boxes": np.float64,
+  "area": np.float64,
+  "is_crowd": np.bool_,
+  "is_difficult": np.bool_,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +125,9 @@ class RecordSource:
 
   Attributes:
     image_ids: N unique strings.
+    file_names: N strings, as the data set names the images.
+    source_ids: their ids in the data set's JSON, each a number or a string, or
+      None where it has none.
     sizes: [N, 2] int32, height and width after EXIF rotation, pixels.
     tags: [N, K] float32, 1 for the classes that an image is tagged with.
     digests: [N] strings, SHA-256 of the image files.
@@ -135,6 +146,10 @@ class RecordSource:
       data = io.BytesIO(read_bytes(path))
       with np.load(data, allow_pickle=False) as index:
         self.image_ids: tuple[str, ...] = tuple(index["image_ids"].tolist())
+        self.file_names: tuple[str, ...] = tuple(index["file_names"].tolist())
+        self.source_ids: tuple[int | str | None, ...] = tuple(
+          map(json.loads, index["source_ids"].tolist())
+        )
         self.sizes: np.ndarray = index["sizes"]
         self.tags: np.ndarray = index["tags"]
         self.digests: np.ndarray = index["digests"]
@@ -171,7 +186,15 @@ class RecordSource:
       )
     height, width = (int(n) for n in self.sizes[i])
     tags = tuple(np.asarray(example["tags"]).tolist())
-    return Record(image_id, example["image"], height, width, tags)
+    return Record(
+      image_id,
+      example["image"],
+      height,
+      width,
+      tags,
+      file_name=self.file_names[i],
+      source_id=self.source_ids[i],
+    )
 
   @property
   def has_targets(self) -> bool:
@@ -210,7 +233,10 @@ class RecordSource:
     if row < 0:
       return None
     example = self._read(INSTANCES, row)
-    values = {k: np.asarray(example[k]) for k in INSTANCE_ARRAYS}
+    values = {  # TFDS reads what is empty as float64
+      name: np.asarray(example[name], dtype)
+      for name, dtype in INSTANCE_ARRAYS.items()
+    }
     return Instances(**values, rles=tuple(example["rles"]))
 
   def _check_index(self, i: int) -> None:

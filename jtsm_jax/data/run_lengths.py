@@ -35,19 +35,24 @@ def decode_mask(counts: bytes, size: tuple[int, int]) -> np.ndarray:
 def read_runs(counts: bytes) -> np.ndarray:
   """The run lengths [R] int64, of background and foreground in turn, pixels.
 
-  COCO's format: five bits a character, the sixth says that more follow, the
-  last one of a number carries its sign; from the fourth number on it is the
-  difference to the last but one.
+  COCO's format: a character carries five bits and a flag that more follow,
+  lowest first; the last one's highest bit is the sign. From the fourth on, a
+  number is the difference to the one two before it.
+
+  Raises:
+    ValueError: the string is damaged, which pycocotools would not notice.
   """
-  code = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
-  is_last = (code & 32) == 0
-  number = np.cumsum(is_last) - is_last  # which number a character is of
-  start = np.flatnonzero(np.append(True, is_last[:-1]))[: len(code)]
-  shift = 5 * (np.arange(len(code)) - start[number])
-  values = np.add.reduceat((code & 31) << shift, start) if len(code) else code
-  negative = is_last & ((code & 16) != 0)
-  values[number[negative]] -= 1 << (shift[negative] + 5)
-  runs = values.copy()
-  runs[1::2] = np.cumsum(values[1::2])
-  runs[2::2] = np.cumsum(values[2::2])
+  codes = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+  if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+    raise ValueError("'counts' is no complete string of run lengths")
+  ends = np.flatnonzero(codes & 32 == 0)
+  starts = np.append(0, ends[:-1] + 1)
+  lengths = ends - starts + 1
+  if lengths.max() > 6:
+    raise ValueError("'counts' has a number of more than 30 bits")
+  place = np.arange(len(codes)) - np.repeat(starts, lengths)
+  runs = np.add.reduceat((codes & 31) << 5 * place, starts)
+  runs -= np.where(codes[ends] & 16, 1 << 5 * lengths, 0)
+  for first in (1, 2):
+    runs[first::2] = np.cumsum(runs[first::2])
   return runs

@@ -91,6 +91,7 @@ def _record(split: str, index: int, seed: int, side: int) -> Record:
     width=side,
     tags=tags,
     target=target if split == "val" else None,
+    file_name=f"{split}_{index:05d}.jpg",
   )
 
 

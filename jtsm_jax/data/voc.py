@@ -203,9 +203,11 @@ def voc_panoptic_source(
 
   def read_val(i: int) -> Record:
     record = _read_record(voc, *val[i])
-    height, width = decode_image(
-      record.image, name=str(_image_path(voc, record.image_id))
-    ).shape[:2]
+    name = str(_image_path(voc, record.image_id))
+    try:
+      height, width = decode_image(record.image, name=name).shape[:2]
+    except InputError:
+      return record  # whoever reads the image meets the same error
     target = masks[record.image_id](size=(height, width))
     return dataclasses.replace(
       record, height=height, width=width, target=target
@@ -481,7 +483,9 @@ def _read_record(
     raise InputError(
       f"{path}: cannot be read ({error.strerror}); check the file"
     ) from error
-  return Record(image_id, data, 0, 0, tags, instances=instances)
+  return Record(
+    image_id, data, 0, 0, tags, instances=instances, file_name=path.name
+  )
 
 
 def _read_small(path: AnyPath, purpose: str) -> bytes:

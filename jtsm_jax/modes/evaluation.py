@@ -155,7 +155,8 @@ def _evaluate_val(
       prediction,
       data.categories,
       image=image,
-      file_name=f"{name}.jpg",
+      file_name=source.file_names[prediction.index],
+      source_id=source.source_ids[prediction.index],
       made_with=made_with,
     )
     if config.evaluation.pictures and prediction.index % shown == 0:

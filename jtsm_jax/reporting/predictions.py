@@ -3,7 +3,8 @@
     FOLDER/input.txt            the folder of the images
     FOLDER/records/NAME.json    all that is known of an image; written last
     FOLDER/panoptic/NAME.png    COCO panoptic: ids as R + 256 G + 65536 B
-    FOLDER/classes/NAME.png     index of each pixel's class, 255 for void
+    FOLDER/classes/NAME.png     index of each pixel's class, 255 for void; with
+                                more than 255 classes 16 bits, and 65535
     FOLDER/overlays/NAME.jpg    to look at
     FOLDER/panoptic.json        COCO panoptic, of all images
     FOLDER/instances.json       COCO results: masks as run lengths, scores
@@ -12,6 +13,9 @@
 
 An image whose record was made with the same weights and settings from the same
 bytes need not be predicted again.
+
+The JSON files have an image's own id where its data set has a JSON, else the
+number where NAME is a file name of COCO's, twelve digits, else NAME.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import io
 import json
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,8 +42,6 @@ from jtsm_jax.reporting.visualize import (
   write_image,
 )
 from jtsm_jax.types import Categories, Detections, PanopticMap
-
-VOID_CLASS = 255
 
 
 def output_folder(parent: pathlib.Path, images: AnyPath) -> pathlib.Path:
@@ -70,6 +73,7 @@ def write_prediction(
   *,
   image: np.ndarray,
   file_name: str,
+  source_id: int | str | None = None,
   made_with: dict[str, Any],
 ) -> None:
   """Writes the files of one image.
@@ -78,13 +82,11 @@ def write_prediction(
     folder: see above.
     name: of the image, unique in the folder and safe as a file name.
     prediction: of the image.
-    categories: the classes; at most 255.
+    categories: the classes.
     image: [H, W, 3] uint8 RGB.
     file_name: of the image, relative to the folder of the images.
+    source_id: the image's id in the data set's JSON; None where it has none.
     made_with: weights, settings and the image's digest, see `is_done`.
-
-  Raises:
-    ValueError: there are more classes than a byte can tell apart.
   """
   panoptic = prediction.panoptic
   _write_png(folder / "panoptic" / f"{name}.png", encode_ids(panoptic.ids))
@@ -98,16 +100,19 @@ def write_prediction(
     overlay_panoptic(image, panoptic, categories),
   )
   height, width = panoptic.ids.shape
+  image_id = _coco_id(name) if source_id is None else source_id
   record = {
     "made_with": made_with,
     "image": {
-      "id": name,
+      "id": image_id,
       "file_name": file_name,
       "height": height,
       "width": width,
     },
-    "panoptic": panoptic_annotation(name, f"{name}.png", panoptic, categories),
-    "instances": _instances(name, prediction.detections, categories),
+    "panoptic": panoptic_annotation(
+      image_id, f"{name}.png", panoptic, categories
+    ),
+    "instances": _instances(image_id, prediction.detections, categories),
     "class_scores": dict(
       zip(categories.names, prediction.image_scores.tolist(), strict=True)
     ),
@@ -157,22 +162,23 @@ def collect(
 
 
 def class_map(panoptic: PanopticMap, num_classes: int) -> np.ndarray:
-  """[H, W] uint8 class index of each pixel, 255 for void.
+  """[H, W] class index of each pixel, the dtype's greatest number for void.
 
-  Raises:
-    ValueError: there are more classes than a byte can tell apart.
+  It is uint8 for up to 255 classes, uint16 for more.
   """
-  if num_classes > VOID_CLASS:
-    raise ValueError(
-      f"{num_classes} classes do not fit into 8 bits; at most {VOID_CLASS} do"
-    )
-  index = np.full(panoptic.ids.shape, VOID_CLASS, np.uint8)
+  dtype = np.uint8 if num_classes <= np.iinfo(np.uint8).max else np.uint16
+  index = np.full(panoptic.ids.shape, np.iinfo(dtype).max, dtype)
   for segment in panoptic.segments:
     index[panoptic.ids == segment.id] = segment.category
   return index
 
 
-def _instances(name, detections: Detections, categories) -> list[dict]:
+def _coco_id(name: str) -> int | str:
+  """The id that COCO gives the image of a file name."""
+  return int(name) if re.fullmatch("[0-9]{12}", name) else name
+
+
+def _instances(image_id, detections: Detections, categories) -> list[dict]:
   """COCO's results of one image, best first; empty masks are left out."""
   entries = []
   size = list(detections.size)
@@ -184,7 +190,7 @@ def _instances(name, detections: Detections, categories) -> list[dict]:
       continue
     entries.append(
       {
-        "image_id": name,
+        "image_id": image_id,
         "category_id": categories.items[category].id,
         "bbox": coco_mask.toBbox(rle).tolist(),
         "score": float(score),
@@ -205,7 +211,7 @@ def _write_png(
   path: pathlib.Path, pixels: np.ndarray, *, palette: np.ndarray | None = None
 ) -> None:
   image = Image.fromarray(pixels)
-  if palette is not None:
+  if palette is not None and pixels.dtype == np.uint8:
     # All 256 entries: Pillow would change indices without a colour.
     colours = np.zeros((256, 3), np.uint8)
     colours[: len(palette)] = palette

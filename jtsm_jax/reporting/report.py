@@ -261,7 +261,7 @@ def validation_section(
     source: the split.
     categories: the classes.
     store: the proposals of the images.
-    predicted: what the evaluation wrote, by "ID.jpg"; None where there was no
+    predicted: what the evaluation wrote, by file name; None where there was no
       evaluation, and what `predict` gives is shown.
     predict: the model, on the images that are shown.
     limit: most images to show.
@@ -271,16 +271,16 @@ def validation_section(
   """
   qualities = [None] * len(source)
   if predicted is not None:
-    for n, image_id in enumerate(
-      progress(source.image_ids, "compare", unit="image")
+    for n, name in enumerate(
+      progress(source.file_names, "compare", unit="image")
     ):
-      if f"{image_id}.jpg" not in predicted:
+      if name not in predicted:
         raise InputError(
-          f"the evaluation holds no prediction of the image {image_id!r}; run"
+          f"the evaluation holds no prediction of the image {name!r}; run"
           " --mode=evaluate again"
         )
       qualities[n] = image_quality(
-        predicted[f"{image_id}.jpg"], source.target(n), categories
+        predicted[name], source.target(n), categories
       )
   pq = [None if q is None else q["pq"] for q in qualities]
   subset = Subset(source, choose(pq, limit))
@@ -292,7 +292,7 @@ def validation_section(
     image = decode_image(source[n].image)
     panoptic, target = prediction.panoptic, source.target(n)
     if predicted is not None:
-      panoptic = predicted[f"{image_id}.jpg"]
+      panoptic = predicted[source.file_names[n]]
     elif target is not None:
       qualities[n] = image_quality(panoptic, target, categories)
     images[n] = _validation_image(

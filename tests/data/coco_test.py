@@ -323,6 +323,33 @@ def test_validation_on_training_images_is_noted(root, capsys):
   assert "too good" in said
 
 
+def test_names_and_ids_are_the_jsons(root, tmp_path):
+  def rename(content):
+    content["images"][0]["file_name"] = "my u\u0308ber photo.jpg"
+
+  edit(root, "instances_val2017", rename)
+  folder = root / "val2017"
+  (folder / f"{3:012}.jpg").rename(folder / "my u\u0308ber photo.jpg")
+  prepare(coco.coco_instances_source(root), tmp_path / "out")
+  val = open_prepared(tmp_path / "out").splits["val"]
+  assert val.image_ids == ("my_\u00fcber_photo", "e")
+  assert val.file_names == ("my u\u0308ber photo.jpg", "e.jpg")
+  assert val.source_ids == (3, 5)
+
+
+@pytest.mark.parametrize("kind", ["panoptic", "instances"])
+def test_two_images_of_one_name_in_two_sets(root, kind):
+  """What is made of an image, as its proposals, is filed under its name."""
+  edit(root, f"{kind}_val2017", set_image(file_name=f"{1:012}.jpg"))
+  (root / "val2017" / f"{3:012}.jpg").rename(root / f"val2017/{1:012}.jpg")
+  make = getattr(coco, f"coco_{kind}_source")
+  with pytest.raises(
+    InputError,
+    match=r"train2017/0+1\.jpg and .*val2017/0+1\.jpg .* '0+1'; rename one",
+  ):
+    make(root)
+
+
 def set_image(**fields):
   return lambda content: content["images"][0].update(fields)
 

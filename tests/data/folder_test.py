@@ -191,6 +191,8 @@ def test_instances(root, tmp_path):
   prepare.prepare(source, tmp_path / "out")
   val = prepared.open_prepared(tmp_path / "out").splits["val"]
   assert val.instances(0).rles == v.instances.rles
+  assert val.file_names == ("v.png", "w.png")
+  assert val.source_ids == (2, 1)
 
 
 def test_instances_lack_an_image(root):

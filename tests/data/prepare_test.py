@@ -140,7 +140,10 @@ def test_existing_directories(directory, tmp_path):
   ("change", "message"),
   [
     (lambda text: text[:40], r"is no readable JSON \(.*\)"),
-    (lambda text: text.replace('"2.0.0"', '"1.0.0"'), r"version '1\.0\.0', .*"),
+    (
+      lambda text: text.replace(prepared.VERSION, "1.0.0"),
+      r"version '1\.0\.0', .*",
+    ),
   ],
 )
 def test_existing_data_that_are_damaged(directory, change, message):

@@ -17,7 +17,7 @@ from PIL import Image
 from jtsm_jax.data import files, prepared
 from jtsm_jax.data import prepare as preparation
 from jtsm_jax.data.prepare import prepare
-from jtsm_jax.types import InputError
+from jtsm_jax.types import InputError, Instances
 from tests.data.small_set import (
   CATEGORIES,
   IDS,
@@ -54,6 +54,7 @@ def test_round_trip(directory):
         width=width,
         target=None,
         instances=None,
+        file_name=records[i].file_name or records[i].image_id,
       )
       assert found[i] == wanted
   train, val = data.splits["train"], data.splits["val"]
@@ -63,6 +64,8 @@ def test_round_trip(directory):
   assert train.sizes.dtype == np.int32
   assert train.tags.dtype == np.float32
   assert [train.target(i) for i in range(4)] == [None] * 4
+  assert val.file_names == ("v 0.tif", "v1", "v2")
+  assert val.source_ids == ("zero", None, 70_000)
   assert val.target(1) is None
   for i in (0, 2):
     np.testing.assert_array_equal(val.target(i).ids, IDS)
@@ -82,6 +85,26 @@ def test_instances_round_trip(directory):
   for name in ("category", "boxes", "area", "is_crowd", "is_difficult"):
     wanted = getattr(INSTANCES, name)
     np.testing.assert_array_equal(getattr(found, name), wanted, name)
+
+
+def test_instances_of_an_image_without_any(tmp_path):
+  nothing = Instances(
+    category=np.zeros(0, np.int32),
+    boxes=np.zeros((0, 4)),
+    area=np.zeros(0),
+    is_crowd=np.zeros(0, bool),
+    is_difficult=np.zeros(0, bool),
+  )
+  empty = dataclasses.replace(VAL[1], instances=nothing)
+  prepare(source(val=[empty, VAL[2]]), tmp_path / "data")
+  val = prepared.open_prepared(tmp_path / "data").splits["val"]
+  for i, wanted in enumerate([nothing, INSTANCES]):
+    found = val.instances(i)
+    assert found.rles == wanted.rles
+    for name in ("category", "boxes", "area", "is_crowd", "is_difficult"):
+      array = getattr(found, name)
+      assert array.dtype == getattr(wanted, name).dtype
+      assert array.shape == getattr(wanted, name).shape
 
 
 def test_index_errors(directory):

@@ -39,7 +39,20 @@ def test_the_pixels_of_run_lengths():
     mask[: rng.integers(height + 1)] = rng.random() < 0.5
     rle = mask_utils.encode(np.asfortranarray(mask.astype(np.uint8)))
     assert read_runs(rle["counts"]).sum() == height * width
-  assert read_runs(b"").tolist() == []
+
+
+@pytest.mark.parametrize(
+  ("counts", "message"),
+  [
+    (b"", "no complete string"),
+    (b"26P", "no complete string"),  # one more character should follow
+    (b"2 6", "no complete string"),
+    (b"PPPPPP0", "more than 30 bits"),
+  ],
+)
+def test_damaged_run_lengths(counts, message):
+  with pytest.raises(ValueError, match=message):
+    read_runs(counts)
 
 
 @pytest.mark.parametrize("value", [False, True])

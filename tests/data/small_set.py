@@ -54,9 +54,20 @@ TRAIN = [
   for i, tags in enumerate([(0,), (), (0, 1), (1,)])
 ]
 VAL = [
-  Record("v0", encode(5, 7), 0, 0, (0, 1), TARGET),
+  Record(
+    "v0",
+    encode(5, 7),
+    0,
+    0,
+    (0, 1),
+    TARGET,
+    file_name="v 0.tif",
+    source_id="zero",
+  ),
   Record("v1", encode(9, 7), 0, 0, ()),
-  Record("v2", encode(5, 7, 2), 0, 0, (0, 1), TARGET, INSTANCES),
+  Record(
+    "v2", encode(5, 7, 2), 0, 0, (0, 1), TARGET, INSTANCES, source_id=70_000
+  ),
 ]
 
 

@@ -1,12 +1,16 @@
 """Tests of predictions as files: read back by the tools that others use."""
 
+import contextlib
+import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import coco
 
-from jtsm_jax.data.panoptic_files import read_panoptic
+from jtsm_jax.data import panoptic_files
 from jtsm_jax.evaluation.predict import Prediction
 from jtsm_jax.reporting import predictions
 from jtsm_jax.reporting.visualize import class_colours
@@ -57,7 +61,7 @@ def make_prediction(seed=0, size=(20, 30)):
   )
 
 
-def write(folder, name="a", **options):
+def write(folder, name="a", source_id=None, **options):
   prediction = make_prediction(**options)
   image = np.full((*prediction.panoptic.ids.shape, 3), 128, np.uint8)
   predictions.write_prediction(
@@ -67,6 +71,7 @@ def write(folder, name="a", **options):
     CATEGORIES,
     image=image,
     file_name=f"{name}.jpeg",
+    source_id=source_id,
     made_with=MADE_WITH,
   )
   return prediction
@@ -75,7 +80,7 @@ def write(folder, name="a", **options):
 def test_panoptic_files_are_read_back(tmp_path):
   wanted = {name: write(tmp_path, name, seed=n) for n, name in enumerate("ab")}
   predictions.collect(tmp_path, "ab", CATEGORIES)
-  found = read_panoptic(
+  found = panoptic_files.read_panoptic(
     tmp_path / "panoptic.json", tmp_path / "panoptic", CATEGORIES
   )
   assert set(found) == {"a.jpeg", "b.jpeg"}
@@ -122,11 +127,71 @@ def test_pixels_of_the_class_map_are_indices_and_colours(tmp_path):
   assert [c["name"] for c in listed] == ["cow", "dog", "sky"]
 
 
-def test_more_classes_than_a_byte_has():
+def test_more_classes_than_a_byte_has(tmp_path):
+  categories = Categories(
+    tuple(Category(n + 1, f"c{n}", True) for n in range(301))
+  )
+  ids = np.zeros((4, 6), np.int32)
+  ids[0], ids[1] = 1, 2
+  panoptic = PanopticMap(
+    ids, (Segment(1, 300, True, 1.0, 6), Segment(2, 255, True, 1.0, 6))
+  )
+  prediction = dataclasses.replace(
+    make_prediction(size=(4, 6)),
+    panoptic=panoptic,
+    image_scores=np.zeros(301, np.float32),
+  )
+  predictions.write_prediction(
+    tmp_path,
+    "a",
+    prediction,
+    categories,
+    image=np.zeros((4, 6, 3), np.uint8),
+    file_name="a.png",
+    made_with=MADE_WITH,
+  )
+  with Image.open(tmp_path / "classes" / "a.png") as image:
+    index = np.asarray(image)
+  assert index.dtype == np.uint16
+  wanted = np.select([ids == 1, ids == 2], [300, 255], 65535)
+  np.testing.assert_array_equal(index, wanted)
   empty = PanopticMap(np.zeros((2, 2), np.int32), ())
+  assert predictions.class_map(empty, 255).dtype == np.uint8
   assert (predictions.class_map(empty, 255) == 255).all()
-  with pytest.raises(ValueError, match="256 classes do not fit"):
-    predictions.class_map(empty, 256)
+
+
+@pytest.mark.parametrize(
+  ("name", "source_id", "image_id"),
+  [
+    ("a_b", 17, 17),
+    ("a_b", "a b", "a b"),
+    ("000000000139", None, 139),  # as on COCO's server
+    ("000139", None, "000139"),
+    ("٠٠٠٠٠٠٠٠٠١٣٩", None, "٠٠٠٠٠٠٠٠٠١٣٩"),
+  ],
+)
+def test_ids_are_those_of_the_ground_truth(tmp_path, name, source_id, image_id):
+  prediction = write(tmp_path, name, source_id=source_id)
+  predictions.collect(tmp_path, [name], CATEGORIES)
+  height, width = prediction.panoptic.ids.shape
+  truth = {
+    "images": [
+      {"id": image_id, "file_name": "a.jpg", "height": height, "width": width}
+    ],
+    "annotations": [],
+    "categories": CATEGORIES.to_list(),
+  }
+  (tmp_path / "truth.json").write_text(json.dumps(truth))
+  with contextlib.redirect_stdout(io.StringIO()):
+    results = coco.COCO(tmp_path / "truth.json").loadRes(
+      str(tmp_path / "instances.json")
+    )
+  assert results.getImgIds() == [image_id]
+  assert len(results.getAnnIds()) == 2
+  (found,) = panoptic_files.read_panoptic_results(
+    tmp_path / "panoptic.json", tmp_path / "panoptic", CATEGORIES
+  )
+  assert found == image_id
 
 
 def test_done_only_with_the_same_makings(tmp_path):
