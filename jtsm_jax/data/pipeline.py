@@ -7,6 +7,7 @@ exactly the batches that it would have seen.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -372,6 +373,8 @@ def _local_slice(
 
 def _start_worker(index: int, count: int) -> None:
   del index, count
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)  # a whole group gets them
   start_worker()
 
 

@@ -21,6 +21,7 @@ from jtsm_jax.proposals.region_graph import RegionGraph, distance
 
 DENSE_LIMIT = 200  # regions up to which all eigenvectors are computed
 TINY = 1e-9
+GREATEST_EXPONENT = 300.0  # its square is far from the end of a float64, too
 
 
 def build_hierarchies(graph: RegionGraph) -> list[np.ndarray]:
@@ -88,7 +89,9 @@ def spectral_embedding(
   count = len(graph.sizes)
   vectors = min(vectors, count - 1)
   rows, columns = np.concatenate([graph.pairs, graph.pairs[:, ::-1]]).T
-  affinity = np.exp(-slope * np.concatenate([strength, strength]))
+  # Around a speck on an even ground all of it would be 0, and 1 / 0 the scale.
+  exponent = np.minimum(slope * strength, GREATEST_EXPONENT)
+  affinity = np.exp(-np.concatenate([exponent, exponent]))
   scale = 1 / np.sqrt(np.bincount(rows, affinity, count))
   similarity = scipy.sparse.csr_matrix(
     (affinity * scale[rows] * scale[columns], (rows, columns)), (count, count)
@@ -106,8 +109,8 @@ def _largest_eigenvectors(matrix, number):
       return scipy.sparse.linalg.eigsh(
         matrix, k=number, which="LA", v0=np.ones(matrix.shape[0])
       )
-    except scipy.sparse.linalg.ArpackNoConvergence:
-      pass  # eigenvalues too close to each other
+    except scipy.sparse.linalg.ArpackError:
+      pass  # eigenvalues too close to each other, for example
   return np.linalg.eigh(matrix.toarray())
 
 

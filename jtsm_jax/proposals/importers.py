@@ -2,11 +2,14 @@
 
 - A folder of `.mat` files of MCG or COB, one per image: `superpixels` [H, W]
   and `labels` [P] cells of superpixel ids, both counted from 1, and `scores`
-  [P]. Looked up by image id, then by its number without leading zeros.
+  [P].
 - A JSON file of masks in COCO's result format, a list of {"image_id",
   "segmentation": {"size": [H, W], "counts": RLE}, "score"}, from SAM for
   instance. Masks may overlap: superpixels are the sets of pixels that lie in
   the same masks.
+
+An image without a file or entry of its id has those of the same number, which
+may have fewer zeros before it, unless they are another image's.
 
 In both cases the best score comes first, equal ones in the order of the file,
 and of equal masks only the first is kept; masks that differ are kept although
@@ -18,16 +21,18 @@ of the images of the store alone, as those of further images may be added.
 
 from __future__ import annotations
 
+import collections
 import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jtsm_jax.data import mat_files
+from jtsm_jax.data.run_lengths import read_runs
 from jtsm_jax.proposals import record_format
 from jtsm_jax.proposals.fill_store import Maker
 from jtsm_jax.proposals.generate import tight_boxes
@@ -56,12 +61,22 @@ def importer(
     InputError: there is nothing of the kind at `path`, or it is damaged.
   """
   limits = dict(max_proposals=max_proposals, max_superpixels=max_superpixels)
+  image_ids = tuple(image_ids)
   if path.is_dir():
-    content = functools.partial(_mat_content, path)
-    read = functools.partial(_find_mat, path)
+    names = [file.stem for file in path.glob("*.mat") if file.is_file()]
+    files = {
+      image_id: path / f"{name}.mat"
+      for image_id, name in _names_of(image_ids, names).items()
+    }
+    content = functools.partial(_mat_content, files)
+    read = functools.partial(_find_mat, path, files)
     make = functools.partial(read_mat, **limits)
   else:
-    masks = _read_masks(path)
+    found = _read_masks(path)
+    masks = {
+      image_id: found[name]
+      for image_id, name in _names_of(image_ids, found).items()
+    }
     content = functools.partial(_masks_content, masks)
     read = functools.partial(_find_masks, path, masks)
     make = functools.partial(proposals_from_masks, **limits)
@@ -77,7 +92,6 @@ def importer(
     text = json.dumps(made_with(image_ids), sort_keys=True)
     return f"imported-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
-  image_ids = tuple(image_ids)
   return Maker(
     made_with=made_with(image_ids),
     key=key(image_ids),
@@ -162,8 +176,10 @@ def proposals_from_masks(
     InputError: an entry is not as described at the top of this file, or the
       masks cut the image into more than `max_superpixels`.
   """
-  entries = sorted(entries, key=_score, reverse=True)  # stable
-  entries = entries[:max_proposals]
+  different = {}
+  for entry in sorted(entries, key=_score, reverse=True):  # stable
+    different.setdefault(str(entry.get("segmentation")), entry)
+  entries = [*different.values()][:max_proposals]
   name = f"masks of image {entries[0].get('image_id')!r}"
   masks = [_decode(name, entry.get("segmentation")) for entry in entries]
   shapes = {mask.shape for mask in masks}
@@ -186,26 +202,35 @@ def proposals_from_masks(
   )
 
 
-def _mat_file(folder: pathlib.Path, image_id: str) -> pathlib.Path | None:
-  stems = (image_id, image_id.lstrip("0"))
-  files = (folder / f"{stem}.mat" for stem in stems)
-  return next((file for file in files if file.is_file()), None)
+def _names_of(
+  image_ids: Iterable[str], names: Collection[str]
+) -> dict[str, str]:
+  """By what name a file knows each image; without those that it lacks."""
+  own = set(image_ids)
+  found = {image_id: image_id for image_id in own.intersection(names)}
+  of_number = collections.defaultdict(list)
+  for name in set(names) - own:
+    of_number[name.lstrip("0")].append(name)
+  for image_id in own - found.keys():
+    alike = of_number[image_id.lstrip("0")]
+    if len(alike) == 1:
+      found[image_id] = alike[0]
+  return found
 
 
-def _mat_content(folder: pathlib.Path, image_id: str) -> str:
+def _mat_content(files: Mapping[str, pathlib.Path], image_id: str) -> str:
   """What changes with a file; to read them all would take long."""
-  file = _mat_file(folder, image_id)
-  if file is None:
+  if image_id not in files:
     return ""
-  found = file.stat()
-  return f"{file.name} {found.st_size} {found.st_mtime_ns}"
+  found = files[image_id].stat()
+  return f"{files[image_id].name} {found.st_size} {found.st_mtime_ns}"
 
 
-def _find_mat(folder: pathlib.Path, record: Record) -> pathlib.Path:
-  file = _mat_file(folder, record.image_id)
-  if file is None:
-    raise InputError(f"there is no {record.image_id}.mat in {folder}")
-  return file
+def _find_mat(folder, files, record: Record) -> pathlib.Path:
+  try:
+    return files[record.image_id]
+  except KeyError:
+    raise InputError(f"there is no {record.image_id}.mat in {folder}") from None
 
 
 def _read_masks(path: pathlib.Path) -> dict[str, list]:
@@ -226,18 +251,18 @@ def _read_masks(path: pathlib.Path) -> dict[str, list]:
   for n, entry in enumerate(entries):
     if not isinstance(entry, dict) or "image_id" not in entry:
       raise InputError(f"{path}: entry {n} names no image_id")
-    found.setdefault(str(entry["image_id"]).lstrip("0"), []).append(entry)
+    found.setdefault(str(entry["image_id"]), []).append(entry)
   return found
 
 
 def _masks_content(masks: dict[str, list], image_id: str) -> str:
-  entries = masks.get(image_id.lstrip("0"), [])
+  entries = masks.get(image_id, [])
   return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def _find_masks(path, masks, record):
   try:
-    return masks[record.image_id.lstrip("0")]
+    return masks[record.image_id]
   except KeyError:
     raise InputError(
       f"there is no image_id {record.image_id!r} in {path}"
@@ -267,7 +292,10 @@ def _decode(name: str, rle: Any) -> np.ndarray:
     raise InputError(f"{name}: segmentation {str(rle)[:80]} is no RLE")
   pixels = size[0] * size[1]
   if isinstance(counts, str):
-    counts = _runs(name, counts)
+    try:
+      counts = read_runs(counts.encode()).tolist()
+    except ValueError as error:
+      raise InputError(f"{name}: an RLE is damaged ({error})") from error
   if (
     not isinstance(counts, list)
     or not all(isinstance(n, int) and n >= 0 for n in counts)
@@ -282,31 +310,6 @@ def _decode(name: str, rle: Any) -> np.ndarray:
   if not mask.any():
     raise InputError(f"{name}: a mask has no pixel; remove it")
   return mask
-
-
-def _runs(name: str, text: str) -> list[int]:
-  """Lengths of the runs of COCO's compressed RLE.
-
-  Six bits to a character from "0" on: five of the number, lowest first, and one
-  that says that more follow. From the third run on, numbers are differences to
-  the run two before.
-  """
-  runs: list[int] = []
-  value = shift = 0
-  for character in text:
-    code = ord(character) - 48
-    if not 0 <= code < 64 or shift > 40:
-      raise InputError(f"{name}: the counts of an RLE are damaged")
-    value |= (code & 31) << shift
-    shift += 5
-    if not code & 32:
-      if code & 16:  # negative
-        value -= 1 << shift
-      runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-      value = shift = 0
-  if shift:
-    raise InputError(f"{name}: the counts of an RLE are cut off")
-  return runs
 
 
 def _whole_numbers(path, name, values) -> np.ndarray:

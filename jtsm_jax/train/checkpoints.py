@@ -95,6 +95,8 @@ def save(
     if free < size:  # before anything is begun
       reason = f"it takes {size} bytes, and {free} are free"
       raise OSError(errno.ENOSPC, reason)
+    if int(state.step) in manager.all_steps():  # evaluated once more
+      manager.delete(int(state.step))
     manager.save(int(state.step), args=ocp.args.Composite(**items), force=True)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import pathlib
 import re
 from collections.abc import Iterator
@@ -21,8 +22,9 @@ from flax.traverse_util import flatten_dict
 from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh
 
-from jtsm_jax.data.pipeline import make_pipeline
+from jtsm_jax.data.pipeline import make_batch, make_pipeline, with_fallback
 from jtsm_jax.data.prepared import PreparedData, RecordSource
+from jtsm_jax.data.sampling import batch_plan
 from jtsm_jax.models.jtsm import JTSM
 from jtsm_jax.proposals.store import ProposalStore
 from jtsm_jax.train import build, checkpoints, fields, origin
@@ -161,8 +163,7 @@ def set_up(
   key = jax.random.key(config.seed)
   model = build.build_model(config, data.categories)
   mesh = mesh_of(config)
-  batch = next(_batches(config, source, store, warm_up_steps, whole=True))
-  example = jax.tree.map(lambda x: x[:1], batch)
+  (example,) = _first_images(config, source, store, count=1, at_a_time=1)
   abstract = jax.eval_shape(model.init, key, example)
   return Setup(
     config=config,
@@ -230,30 +231,70 @@ def _batches(
   step: int,
   *,
   load_images: bool = True,
-  whole: bool = False,
 ) -> Iterator[Batch]:
   warms_up = step < config.warm_up.steps
   phase = config.warm_up if warms_up else config.train
   pipeline = make_pipeline(
     source,
     store,
-    seed=config.seed,
-    canvases=fields.canvases(config, "data"),
     batch_size=phase.batch_size,
-    max_proposals=config.proposals.max_proposals,
-    max_superpixels=config.proposals.num_superpixels,
     start_step=step if warms_up else step - config.warm_up.steps,
     num_steps=phase.steps,
     load_images=load_images,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    num_threads=config.train.loader_threads,
+    num_workers=config.train.loader_workers,
+    **_plan_options(config),
+    **_size_options(config),
+  )
+  return (batch for _, batch in pipeline)
+
+
+def _first_images(
+  config: ml_collections.ConfigDict,
+  source: RecordSource,
+  store: ProposalStore,
+  *,
+  count: int,
+  at_a_time: int,
+) -> Iterator[Batch]:
+  """The first images of the mining, the same for every process."""
+  c = config.train
+  get_proposals = with_fallback(store)
+  for step in range(math.ceil(count / c.batch_size)):
+    plan = batch_plan(
+      step,
+      sizes=source.sizes,
+      batch_size=c.batch_size,
+      **_plan_options(config),
+    )
+    stop = min(count - step * c.batch_size, c.batch_size)
+    for start in range(0, stop, at_a_time):
+      yield make_batch(
+        plan.part(slice(start, min(start + at_a_time, stop))),
+        source,
+        get_proposals,
+        **_size_options(config),
+      )
+
+
+def _plan_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """How batches are made up, beside their size."""
+  return dict(
+    seed=config.seed,
+    canvases=fields.canvases(config, "data"),
     flip=config.data.flip,
     crop=config.data.crop,
     colour_factor=config.data.colour_factor,
-    process_index=0 if whole else jax.process_index(),
-    process_count=1 if whole else jax.process_count(),
-    num_threads=config.train.loader_threads,
-    num_workers=config.train.loader_workers,
   )
-  return (batch for _, batch in pipeline)
+
+
+def _size_options(config: ml_collections.ConfigDict) -> dict[str, int]:
+  return dict(
+    max_proposals=config.proposals.max_proposals,
+    max_superpixels=config.proposals.num_superpixels,
+  )
 
 
 def first_variables(setup: Setup, categories: Categories) -> dict[str, Any]:
@@ -355,7 +396,7 @@ def _calibrated(setup: Setup, variables: Any) -> Any:
   variables = calibrate(
     setup.model,
     jax.device_put(variables),  # once, not with every batch
-    _calibration_batches(setup),
+    list(_calibration_batches(setup)),
     seed=setup.config.seed,
     projection=projection,
   )
@@ -364,23 +405,16 @@ def _calibrated(setup: Setup, variables: Any) -> Any:
   return {**variables, "constants": constants}
 
 
-def _calibration_batches(setup: Setup) -> list[Batch]:
-  """The first images of the mining, so many at a time as a device has."""
+def _calibration_batches(setup: Setup) -> Iterator[Batch]:
+  """So many images at a time as a device has."""
   c = setup.config.train
-  batches = _batches(
-    setup.config, setup.source, setup.store, setup.warm_up_steps, whole=True
+  return _first_images(
+    setup.config,
+    setup.source,
+    setup.store,
+    count=min(c.calibration_images, c.steps * c.batch_size),
+    at_a_time=c.batch_size // c.accumulation // setup.mesh.shape["data"],
   )
-  size = c.batch_size // c.accumulation // setup.mesh.shape["data"]
-  left = min(c.calibration_images, c.steps * c.batch_size)
-  parts = []
-  while left:
-    batch = next(batches)
-    count = min(left, c.batch_size)
-    for start in range(0, count, size):
-      rows = slice(start, min(start + size, count))
-      parts.append(jax.tree.map(lambda x, rows=rows: x[rows], batch))
-    left -= count
-  return parts
 
 
 def _new_state(setup: Setup, variables: Any, step: int) -> TrainState:

@@ -2,7 +2,9 @@
 
 import io
 import json
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -202,6 +204,24 @@ def test_worker_processes_change_nothing(source):
     assert [step for step, _ in part] == [step for step, _ in wanted]
     for (_, a), (_, b) in zip(part, wanted, strict=True):
       assert_equal(a, b)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_stops_none_that_makes_batches(
+  source, number
+):
+  """Ctrl-C is sent to the whole group; the run saves and ends them itself."""
+  flags.FLAGS.mark_as_parsed()  # grain's workers read them
+  before = set(multiprocessing.active_children())
+  steps = start(source, num_steps=40, num_workers=2, num_threads=1)
+  found = [next(steps)]
+  workers = set(multiprocessing.active_children()) - before
+  assert len(workers) == 2
+  for worker in workers:
+    os.kill(worker.pid, number)
+  found += list(steps)
+  steps.close()
+  assert_equal(found, list(start(source, num_steps=40)))
 
 
 PROCESS = """

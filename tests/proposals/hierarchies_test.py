@@ -86,6 +86,21 @@ def test_spectral_steps_are_largest_across_the_gap(count, strong):
   assert steps.argmax() == strong
 
 
+@pytest.mark.parametrize("count", [8, 300])  # all eigenvectors, and a few
+def test_spectral_embedding_around_a_speck_on_even_ground(count):
+  """All boundaries of a region are so strong that its affinities vanish."""
+  graph = chain(count, 0)
+  strength = np.full(count - 1, 1e-3)
+  strength[2:4] = count
+  embedding = hierarchies.spectral_embedding(
+    graph, strength, vectors=6, slope=4.0
+  )
+  assert np.isfinite(embedding).all()
+  assert np.isfinite((embedding**2).sum())
+  steps = np.linalg.norm(np.diff(embedding, axis=0), axis=1)
+  assert set(np.argsort(steps)[-2:]) == {2, 3}
+
+
 def test_spectral_embedding_where_the_sparse_solver_gives_up(monkeypatch):
   graph = chain(300, 120)
 

@@ -14,7 +14,7 @@ import scipy.io
 from jtsm_jax.proposals import importers
 from jtsm_jax.proposals.fill_store import fill_store
 from jtsm_jax.proposals.store import open_store
-from jtsm_jax.types import InputError
+from jtsm_jax.types import InputError, Record
 from tests.proposals.fill_store_test import make_source
 
 
@@ -192,7 +192,7 @@ def wrong(**change):
     (wrong(rle=dict(size=[20, 25])), "do not fill"),
     (wrong(rle=dict(counts="~~~")), "damaged"),
     (wrong(rle=dict(counts="o" * 40)), "damaged"),
-    (wrong(rle=dict(counts="P")), "cut off"),
+    (wrong(rle=dict(counts="P")), "no complete string"),
     (wrong(rle=dict(counts=[481, -1])), "do not fill"),
     (wrong(rle=dict(counts=[480])), "no pixel"),
     (wrong(rle=dict(counts=17)), "do not fill"),
@@ -256,6 +256,56 @@ def test_a_json_file_fills_a_store(tmp_path):
   np.testing.assert_array_equal(
     found.membership[0][found.superpixels], masks[0]
   )
+
+
+@pytest.mark.parametrize("form", ["mat", "json"])
+@pytest.mark.parametrize(
+  ("image_ids", "names", "found"),
+  [
+    (["000017", "b"], ["17", "b"], {"000017": "17", "b": "b"}),
+    (["17"], ["0017"], {"17": "0017"}),
+    (["1", "001"], ["1", "001"], {"1": "1", "001": "001"}),
+    (["1", "001"], ["1"], {"1": "1"}),  # which is another image's
+    (["001"], ["1", "01"], {}),  # either may be meant
+    (["0_a", "_a"], ["_a"], {"_a": "_a"}),
+  ],
+)
+def test_names_with_other_zeros(tmp_path, form, image_ids, names, found):
+  score = {name: (n + 1) / 8 for n, name in enumerate(names)}
+  if form == "mat":
+    source = tmp_path
+    for name in names:
+      scores = np.full(5, score[name])
+      content = mat_content() | {"scores": scores}
+      scipy.io.savemat(tmp_path / f"{name}.mat", content)
+  else:
+    source = tmp_path / "sam.json"
+    entries = [
+      entry
+      for name in names
+      for entry in entries_of(random_masks(1), [score[name]], name)
+    ]
+    source.write_text(json.dumps(entries))
+  maker = importers.importer(
+    source, image_ids, max_proposals=9, max_superpixels=9
+  )
+  for image_id in image_ids:
+    record = Record(image_id, b"", 0, 0, ())
+    if image_id in found:
+      proposals = maker.make(maker.read(record))
+      assert proposals.scores[0] == np.float32(score[found[image_id]])
+    else:
+      with pytest.raises(InputError, match=f"there is no .*{image_id}"):
+        maker.read(record)
+
+
+def test_equal_masks_do_not_count_as_several():
+  masks = random_masks(3)[[0, 0, 1]]
+  assert (masks[0] != masks[2]).any()
+  found = importers.proposals_from_masks(
+    entries_of(masks, [0.9, 0.8, 0.7]), max_proposals=2, max_superpixels=9
+  )
+  np.testing.assert_allclose(found.scores, [0.9, 0.7])
 
 
 @pytest.mark.parametrize("form", ["mat", "json"])

@@ -172,6 +172,20 @@ def test_the_best_score_is_on_disk(tmp_path):
     assert checkpoints.best_score(manager, {"measure": "map"}) == -np.inf
 
 
+def test_a_step_is_saved_once_more(tmp_path):
+  """Where the run was killed before it had noted the score of the best."""
+  measured = {"measure": "pq"}
+  with checkpoints.open_checkpoints(tmp_path, keep_last=1) as manager:
+    _save(manager, 4, score=0.5, measured_by=measured)
+  with checkpoints.open_checkpoints(tmp_path, keep_last=1) as manager:
+    _save(manager, 4, in_flight=[_mined(1)], score=0.75, measured_by=measured)
+    assert checkpoints.best_score(manager, measured) == 0.75
+  assert checkpoints.steps_in(tmp_path) == [4]
+  with checkpoints.open_checkpoints(tmp_path) as manager:
+    _, mined = checkpoints.restore_latest(manager, _template(_mined(1)))
+  _assert_equal(mined, [_mined(1)])
+
+
 def test_unfinished_write_is_not_a_checkpoint(tmp_path):
   with checkpoints.open_checkpoints(tmp_path) as manager:
     _save(manager, 2)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from jtsm_jax import run
+from jtsm_jax.data import pipeline
 from jtsm_jax.data.prepare import prepare
 from jtsm_jax.data.prepared import open_prepared
 from jtsm_jax.data.shapes import SHAPES_CATEGORIES, shapes_source
+from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.train import checkpoints, origin, setup
 from jtsm_jax.types import Categories, InputError
 from tests.configs import tiny
@@ -68,6 +70,22 @@ def test_all_hosts_begin_with_the_constants_of_the_first(made, monkeypatch):
   constants = {k: v for k, v in found.items() if k.startswith("constants/")}
   assert constants
   assert all((np.asarray(v) == 0.25).all() for v in constants.values())
+
+
+def test_no_image_is_read_in_vain(made, monkeypatch):
+  """The shapes are one image's, and a batch may be of many hosts."""
+  made()  # with the proposals
+  read = []
+
+  def decode(*args, **kwargs):
+    read.append(args)
+    return decode_image(*args, **kwargs)
+
+  monkeypatch.setattr(pipeline, "decode_image", decode)
+  first = made(**{"train.batch_size": 4, "train.calibration_images": 5})
+  assert len(read) == len(first.example.images) == 1
+  setup.begin(first, first_variables(first), 0)
+  assert len(read) == 1 + 5
 
 
 CENTER = ("constants/proposal_features/",)

@@ -50,9 +50,10 @@ for devices, accumulation in ((1, 1), (4, 1), (1, 2)):
   assert len(placed.images.sharding.device_set) == devices
   here = placed.images.addressable_shards[0].data.shape[0]
   assert here == 4 // devices, here
-  grads, mined, metrics = mining_gradients(
-    jax.device_put(state, replicated(mesh)), placed
-  )
+  with jax.set_mesh(mesh):
+    grads, mined, metrics = mining_gradients(
+      jax.device_put(state, replicated(mesh)), placed
+    )
   results.append(jax.device_get((grads, mined, metrics)))
 for found in results[1:]:
   jax.tree.map(
