@@ -20,7 +20,7 @@ from training_step import synthetic_batch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from configs import base
+from configs import base, variants
 from jtsm_jax.train import build, memory
 from jtsm_jax.train.setup import Setup
 from jtsm_jax.types import Categories, Category
@@ -96,7 +96,8 @@ def main() -> None:
 def run_of(depth, axes, batch_size, fields) -> Setup:
   """A run of the paper's setting on a mesh that need not exist."""
   config = base.get_config()
-  config.backbone.depth = depth
+  if depth > 18:
+    variants.apply(config, f"resnet{depth}_ws")
   config.proposals.max_proposals = PROPOSALS
   config.train.batch_size = batch_size
   config.train.update(fields)

@@ -31,6 +31,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from jtsm_jax import workers
 from jtsm_jax.data.panoptic_files import read_panoptic
+from jtsm_jax.data.run_lengths import encode_segments
 from jtsm_jax.data.transforms import decode_image
 from jtsm_jax.proposals import (
   generate,
@@ -159,10 +160,10 @@ def voc_truth(root, name):
     for folder in ("SegmentationObject", "SegmentationClass")
   )
   ids = [i for i in np.unique(objects) if i not in (0, 255)]
-  masks = np.stack([objects == i for i in ids])
-  category = np.array([classes[m].max(initial=0) for m in masks], np.int64)
+  _, rles = encode_segments(objects, ids)
+  category = np.array([classes[objects == i].max() for i in ids], np.int64)
   return quality.TrueSegments(
-    masks, objects != 255, category, np.ones(len(ids), bool)
+    rles, objects != 255, category, np.ones(len(ids), bool)
   )
 
 
@@ -186,11 +187,12 @@ def coco_truth(rles, category):
   """The true segments of an image."""
   from pycocotools import mask as coder
 
-  masks = np.stack([coder.decode(r).astype(bool) for r in rles])
-  category = np.array(category, np.int64)[masks.any((1, 2))]
-  masks = masks[masks.any((1, 2))]
-  known = np.ones(masks.shape[1:], bool)
-  return quality.TrueSegments(masks, known, category, np.ones(len(masks), bool))
+  known = np.ones(rles[0]["size"], bool)
+  kept = np.flatnonzero(coder.area(rles))
+  # Whether they are strings or bytes.
+  rles = tuple(coder.encode(coder.decode(rles[n]))["counts"] for n in kept)
+  category = np.array(category, np.int64)[kept]
+  return quality.TrueSegments(rles, known, category, np.ones(len(kept), bool))
 
 
 def panoptic_images(classes, json_file, masks, folder):

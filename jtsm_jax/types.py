@@ -325,7 +325,7 @@ class Record:
 
   Attributes:
     image_id: unique in its split; a file-system safe string.
-    image: the encoded file (JPEG or PNG bytes).
+    image: the bytes of its file, in any format that `decode_image` reads.
     height, width: pixels, after EXIF rotation; 0 while they are not known.
     tags: class indices, ascending, the image's own tags.
     target: the panoptic ground truth; None in every training split.

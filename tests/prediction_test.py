@@ -9,6 +9,7 @@ import pytest
 import scipy.io
 from PIL import Image
 
+from jtsm_jax.evaluation.class_calibration import ClassCalibration
 from jtsm_jax.evaluation.predict import Prediction
 from jtsm_jax.modes import prediction
 from jtsm_jax.modes.proposals import fill_store_of
@@ -66,7 +67,7 @@ def predict(monkeypatch, workdir):
     key={"step": 1},
     model=None,
     variables=None,
-    calibration=None,
+    calibration=ClassCalibration.neutral(len(CATEGORIES)),
   )
   for name, value in {
     "load_trained": lambda *_: trained,
@@ -76,9 +77,21 @@ def predict(monkeypatch, workdir):
   }.items():
     monkeypatch.setattr(f"jtsm_jax.modes.prediction.{name}", value)
 
-  def function(where, *, step=1, instance_score=0.5, **proposals):
+  def function(
+    where,
+    *,
+    step=1,
+    instance_score=0.5,
+    calibrate=True,
+    threshold=0.0,
+    scale=1.0,
+    **proposals,
+  ):
     todo.clear()
+    config.evaluation.calibrate = calibrate
     trained.key["step"] = step
+    trained.calibration.tag_threshold[-1] = threshold
+    trained.calibration.score_scale[-1] = scale
     config.evaluation.instance_score = instance_score
     config.proposals.update(proposals)
     prediction.predict_images(config, workdir, str(where))
@@ -168,13 +181,32 @@ def test_results_of_other_settings_or_of_no_image_are_not_listed(
   save(photos / "sub" / "4.png", 9)  # is another picture now
   predict(photos)
   assert told() == (["1", "sub_3"], [2])
-  for change in ({"step": 2}, {"instance_score": 0.9}):
+  for change in (
+    {"step": 2},
+    {"instance_score": 0.9},
+    {"threshold": 0.1},
+    {"scale": 0.9},
+  ):
     predict(photos / "1.png", **change)
     assert told() == (["1"], [3])
   # What a call before left is no hindrance, and is there again with its own.
   (folder / "records" / "2.json").write_text("{")
   assert [*predict(photos / "1.png")] == ["1"]
   assert told() == (["1", "sub_3"], [2])
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_records_that_do_not_tell_their_calibration(
+  predict, workdir, tmp_path, calibrate
+):
+  save(tmp_path / "photos" / "a.png")
+  assert [*predict(tmp_path / "photos", calibrate=calibrate)] == ["a"]
+  path = workdir / "predictions" / "photos" / "records" / "a.json"
+  record = json.loads(path.read_text())
+  record["made_with"].pop("calibration", None)  # as in older versions
+  path.write_text(json.dumps(record))
+  found = predict(tmp_path / "photos", calibrate=calibrate)
+  assert [*found] == ["a"] * calibrate  # without one there is none to tell
 
 
 def test_a_result_is_not_overwritten_by_another_image_of_its_name(

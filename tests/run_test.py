@@ -88,9 +88,9 @@ def test_proposals_from_elsewhere_that_have_changed(
   assert propose(0, new=True) == first  # of an image that is to be predicted
 
 
-def _val_with(instances_of_record, directory):
+def _val_with(instances_of_record, directory, *, num_val=2):
   """Data of the task "instance" whose validation images have other truth."""
-  source = things_only(shapes_source(num_train=1, num_val=2, side=64))
+  source = things_only(shapes_source(num_train=1, num_val=num_val, side=64))
   val = [
     dataclasses.replace(record, instances=instances_of_record(record))
     for record in source.splits["val"]
@@ -117,6 +117,33 @@ def test_quality_of_proposals_with_masks_of_instances_alone(
   assert found["things"]["J_i"][-1] > 0.3
   assert list((output / "images").glob("*.jpg"))
   assert "left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("pictures", "count"), [(0, 0), (2, 2), (9, 3)])
+def test_there_are_as_many_pictures_as_were_asked_for(
+  tmp_path, monkeypatch, pictures, count
+):
+  here = functools.partial(modes.proposals.fill_store_of, num_workers=0)
+  monkeypatch.setattr(modes.proposals, "fill_store_of", here)
+  config = _config(tmp_path, "data")
+  config.evaluation.pictures = pictures
+  data = _val_with(lambda r: r.instances, tmp_path / "data", num_val=3)
+  modes.proposals.report_proposals(config, tmp_path, data)
+  images = (tmp_path / "proposal_quality" / "images").glob("*.jpg")
+  assert len(list(images)) == count
+
+  def evaluate(predictions, source, *_, on_prediction, **options):
+    for n, size in enumerate(source.sizes.tolist()):
+      on_prediction(nothing(n, size, data.categories))
+    return {}
+
+  monkeypatch.setattr(modes.evaluation, "evaluate", evaluate)
+  monkeypatch.setattr(modes.evaluation, "predictions", lambda *_: None)
+  modes.evaluation._evaluate_val(
+    config, tmp_path, None, None, data, {}, None, made_with={}
+  )
+  overlays = (tmp_path / "evaluation" / "overlays").glob("*.jpg")
+  assert len(list(overlays)) == count
 
 
 @pytest.mark.parametrize("truth", ["boxes alone", "no validation images"])

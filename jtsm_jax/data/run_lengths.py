@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import scipy.ndimage
 from pycocotools import mask as mask_utils
 
 
@@ -25,11 +28,48 @@ def encode_mask(
   return mask_utils.encode(whole)["counts"]
 
 
+def encode_segments(
+  ids: np.ndarray, segments: Sequence[int]
+) -> tuple[np.ndarray, tuple[bytes, ...]]:
+  """Boxes and run lengths of segments of a map, made one at a time.
+
+  Args:
+    ids: [H, W] integers, of the segment that each pixel belongs to.
+    segments: N ids; one that is not in the map has an empty mask.
+
+  Returns:
+    [N, 4] int64 (y0, x0, y1, x1), tight boxes, zeros of an empty mask; and
+    COCO's `counts` of each.
+  """
+  # Runs along the rows, some thousands, are sorted in place of all pixels.
+  flat = ids.ravel()
+  start = np.append(0, 1 + np.flatnonzero(flat[1:] != flat[:-1]))
+  found, position = np.unique(flat[start], return_inverse=True)
+  labels = np.repeat(
+    1 + position.astype(np.int32), np.diff(start, append=flat.size)
+  )
+  slices = scipy.ndimage.find_objects(labels.reshape(ids.shape))
+  place = dict(zip(found.tolist(), slices, strict=True))
+  boxes, rles = np.zeros((len(segments), 4), np.int64), []
+  for box, segment in zip(boxes, segments, strict=True):
+    if segment in place:
+      rows, columns = place[segment]
+      box[:] = rows.start, columns.start, rows.stop, columns.stop
+    y0, x0, y1, x1 = box
+    rles.append(encode_mask(ids[y0:y1, x0:x1] == segment, box, ids.shape))
+  return boxes, tuple(rles)
+
+
 def decode_mask(counts: bytes, size: tuple[int, int]) -> np.ndarray:
   """The mask [H, W] bool of run lengths for an image of `size` (H, W)."""
   runs = read_runs(counts)
   is_inside = np.arange(len(runs)) % 2 == 1
   return np.repeat(is_inside, runs).reshape(size, order="F")
+
+
+def mask_area(counts: bytes) -> int:
+  """The pixels of the mask of run lengths."""
+  return int(read_runs(counts)[1::2].sum())
 
 
 def read_runs(counts: bytes) -> np.ndarray:

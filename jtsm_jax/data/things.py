@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from pycocotools import mask as mask_utils
 
+from jtsm_jax.data.run_lengths import encode_segments, mask_area
 from jtsm_jax.data.source import LazyRecords, Source
 from jtsm_jax.types import Categories, Instances, PanopticMap, Record
 
@@ -47,15 +47,12 @@ def _of_things(record: Record, count: int) -> Record:
 def instances_of(panoptic: PanopticMap) -> Instances:
   """The things of a panoptic map as instances with masks and tight boxes."""
   things = [s for s in panoptic.segments if s.is_thing]
-  masks = [panoptic.ids == s.id for s in things]
-  rles = [mask_utils.encode(np.asfortranarray(m, np.uint8)) for m in masks]
-  boxes = np.array([mask_utils.toBbox(r) for r in rles]).reshape(-1, 4)
-  x, y, width, height = boxes.T
+  boxes, rles = encode_segments(panoptic.ids, [s.id for s in things])
   return Instances(
     category=np.array([s.category for s in things], np.int32),
-    boxes=np.stack([y, x, y + height, x + width], axis=-1),
-    area=np.array([m.sum() for m in masks], np.float64),
+    boxes=boxes.astype(np.float64),
+    area=np.array([mask_area(counts) for counts in rles], np.float64),
     is_crowd=np.array([s.is_crowd for s in things], bool),
     is_difficult=np.zeros(len(things), bool),
-    rles=tuple(rle["counts"] for rle in rles),
+    rles=rles,
   )

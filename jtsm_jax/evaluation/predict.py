@@ -37,6 +37,7 @@ from jtsm_jax.train.feature_cache import FeatureCache
 from jtsm_jax.types import Batch, Detections, PanopticMap, Proposals
 
 _PIXELS_AT_A_TIME = 1 << 17  # of an image, with the scores of all classes
+_REMAP_SIDE = 1 << 14  # longest result of one cv2.remap, which has a limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -466,13 +467,15 @@ def _to_image(grid, size, shape, canvas, rows):
   y = np.arange(rows.start, rows.stop) + 0.5
   y = y * (size[0] / shape[0]) / stride - 0.5
   x = (np.arange(shape[1]) + 0.5) * (size[1] / shape[1]) / stride - 0.5
-  mesh = np.meshgrid(x.astype(np.float32), y.astype(np.float32))
-  image = np.empty((*mesh[0].shape, grid.shape[-1]), np.float32)
-  for k in range(grid.shape[-1]):
-    image[..., k] = cv2.remap(
-      np.ascontiguousarray(grid[..., k]),
-      *mesh,
-      cv2.INTER_LINEAR,
-      borderMode=cv2.BORDER_REPLICATE,
-    )
+  x, y = x.astype(np.float32), y.astype(np.float32)
+  layers = np.ascontiguousarray(np.moveaxis(grid, -1, 0))
+  image = np.empty((len(y), len(x), len(layers)), np.float32)
+  starts = (range(0, len(line), _REMAP_SIDE) for line in (y, x))
+  for top, left in itertools.product(*starts):
+    block = slice(top, top + _REMAP_SIDE), slice(left, left + _REMAP_SIDE)
+    mesh = np.meshgrid(x[block[1]], y[block[0]])
+    for k, layer in enumerate(layers):
+      image[*block, k] = cv2.remap(
+        layer, *mesh, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+      )
   return image

@@ -17,12 +17,14 @@ def final_table(
 ) -> str:
   """All that an evaluation found, class by class, in percent.
 
+  A dash stands where there was nothing to measure.
+
   Args:
     result: of `evaluate.evaluate`; what has no "voc" is CorLoc alone.
     corloc: of `evaluate.localisation`.
   """
   if "voc" not in result:
-    rows = {"Mean": [corloc["corloc"], corloc["n"]]}
+    rows = {"Mean": _known([corloc["corloc"]], corloc["n"])}
     for name, values in corloc["per_class"].items():
       rows[name] = _known([values["corloc"]], values["images"])
     return _table(["CorLoc", "images"], rows)
@@ -30,36 +32,40 @@ def final_table(
   parts = []
   if result["task"] == "panoptic":
     parts.append(panoptic_quality.format_table(result))
-    parts.append(f"mIoU {result['semantic']['miou']:.1f}")
+    semantic = result["semantic"]
+    parts.append(f"mIoU {_percent(semantic['miou'], semantic['n'])}")
   elif result["task"] == "instance":
     keys = [k for k in voc if k.startswith("map")]
-    rows = {"Mean": [voc[k] for k in keys] + [voc["n"]]}
+    rows = {"Mean": _known([voc[k] for k in keys], voc["n"])}
     for name, values in voc["per_class"].items():
       numbers = [values[k.removeprefix("m")] for k in keys]
       rows[name] = _known(numbers, values["objects"])
     headings = [f"AP@{k.removeprefix('map')}" for k in keys]
     parts.append(_table([*headings, "objects"], rows))
   else:
-    headings, rows = ["AP", "objects"], {"Mean": [voc["map"], voc["n"]]}
+    headings = ["AP", "objects"]
+    rows = {"Mean": _known([voc["map"]], voc["n"])}
     for name, values in voc["per_class"].items():
       rows[name] = _known([values["ap"]], values["objects"])
     if corloc is not None:
       headings.append("CorLoc")
-      rows["Mean"].append(corloc["corloc"])
+      rows["Mean"] += _known([corloc["corloc"]], corloc["n"])[:1]
       for name, values in corloc["per_class"].items():
         rows[name] += _known([values["corloc"]], values["images"])[:1]
     parts.append(_table(headings, rows))
   if result["task"] == "panoptic":
     thresholds = [k for k in voc if k.startswith("map")]
-    values = (f"AP@{k.removeprefix('map')} {voc[k]:.1f}" for k in thresholds)
+    values = (
+      f"AP@{k.removeprefix('map')} {_percent(voc[k], voc['n'])}"
+      for k in thresholds
+    )
     parts.append("masks of things, VOC: " + "  ".join(values))
   kind = "boxes" if result["task"] == "detection" else "masks of things"
   found = []
   for key in _COCO:
-    size = key.removeprefix("ap").removeprefix("_")
-    none = coco["objects"].get(size) == 0
     name = key.removeprefix("ap").replace("_", " ")
-    found.append(f"AP{name} {'-' if none else f'{coco[key]:.1f}'}")
+    objects = coco["objects"].get(name.strip(), coco["objects"]["all"])
+    found.append(f"AP{name} {_percent(coco[key], objects)}")
   parts.append(f"{kind}, COCO: {'  '.join(found)}")
   return "\n".join(parts)
 
@@ -81,6 +87,10 @@ def main_measures(result: dict[str, Any]) -> dict[str, float]:
     measures = {"map50": voc["map50"], "map75": voc["map75"], "ap": coco["ap"]}
     return measures | shared
   return {"map": voc["map"], "ap": coco["ap"], **shared}
+
+
+def _percent(value: float, count: int) -> str:
+  return f"{value:.1f}" if count else "-"
 
 
 def _known(numbers: list[float], count: int) -> list[float | int | None]:

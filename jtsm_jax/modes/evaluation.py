@@ -42,6 +42,7 @@ from jtsm_jax.modes.trained import (
 )
 from jtsm_jax.proposals import store as stores
 from jtsm_jax.reporting import stages
+from jtsm_jax.reporting.gallery import spread
 from jtsm_jax.reporting.predictions import collect, write_prediction
 from jtsm_jax.reporting.visualize import write_image
 from jtsm_jax.train import build, caches, checkpoints, origin
@@ -142,7 +143,7 @@ def _evaluate_val(
 ) -> dict[str, Any]:
   """The figures of the validation images; keeps predictions and pictures."""
   source, output = data.splits["val"], workdir / "evaluation"
-  shown = max(len(source) // max(config.evaluation.pictures, 1), 1)
+  shown = spread(len(source), config.evaluation.pictures)
   predicted = []
 
   def keep(prediction):
@@ -159,7 +160,7 @@ def _evaluate_val(
       source_id=source.source_ids[prediction.index],
       made_with=made_with,
     )
-    if config.evaluation.pictures and prediction.index % shown == 0:
+    if prediction.index in shown:
       name, sheet = prediction_sheet(data, store, prediction)
       write_image(output / "overlays" / f"{name}.jpg", sheet)
 

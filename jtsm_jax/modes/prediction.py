@@ -76,11 +76,14 @@ def predict_images(
   trained = load_trained(config, workdir)
   categories = trained.categories
   settings = result_settings(config)
+  key = trained.key
+  if config.evaluation.calibrate:  # else it is neutral, always
+    key = key | {"calibration": trained.calibration.digest()}
 
   def made_with(name: str, data: bytes) -> dict[str, Any]:
     image = {"file": file_names[name], "image": digest(data)}
     proposals = {"proposals": maker.key_of(name)}
-    return trained.key | image | {"settings": settings | proposals}
+    return key | image | {"settings": settings | proposals}
 
   def is_current(name: str, path: AnyPath) -> bool:
     with contextlib.suppress(OSError):  # is reported below

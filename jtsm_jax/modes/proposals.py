@@ -25,6 +25,7 @@ from jtsm_jax.proposals import store as stores
 from jtsm_jax.proposals.fill_store import Maker, fill_store, generator
 from jtsm_jax.proposals.generate import ProposalSettings, preset_settings
 from jtsm_jax.reporting import proposal_quality, stages
+from jtsm_jax.reporting.gallery import spread
 from jtsm_jax.reporting.visualize import write_image
 from jtsm_jax.types import InputError
 
@@ -218,14 +219,14 @@ def report_proposals(
   store = propose(config, workdir, data, splits=["val"])
   source, results, most = data.splits["val"], [], 1
   output = workdir / "proposal_quality"
-  shown = max(len(source) // max(config.evaluation.pictures, 1), 1)
+  shown = spread(len(source), config.evaluation.pictures)
   for n, image_id in enumerate(source.image_ids):
     if image_id not in store:
       continue
     proposals, truth = store.get(image_id), _true_segments(source, n)
     results.append(quality.best_iou(proposals, truth))
     most = max(most, len(proposals))
-    if config.evaluation.pictures and n % shown == 0:
+    if n in shown:
       image = decode_image(source[n].image)
       sheet = stages.proposal_sheet(image, proposals, truth, data.categories)
       write_image(output / "images" / f"{image_id}.jpg", sheet)
@@ -241,7 +242,7 @@ def report_proposals(
     print(f"left out: {left_out} images without proposals")
   print(f"plot       {output / 'quality.png'}")
   print(f"figures    {output / 'quality.json'}")
-  if config.evaluation.pictures:
+  if shown:
     print(f"pictures   {output / 'images'}")
 
 

@@ -13,12 +13,16 @@ alone leave nothing void.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from jtsm_jax.data.run_lengths import decode_mask
+from jtsm_jax.data.run_lengths import (
+  decode_mask,
+  encode_segments,
+  mask_area,
+)
 from jtsm_jax.types import VOID, Instances, PanopticMap, Proposals
 
 COUNTS = (100, 500, 1000, 2000, 4000)
@@ -33,24 +37,38 @@ class TrueSegments:
   """G true segments of an image, which may overlap and are no crowds.
 
   Attributes:
-    masks: [G, H, W] bool.
+    rles: G masks as COCO's compressed run lengths (`counts`): as arrays those
+      of a photograph would fill the memory.
     known: [H, W] bool, pixels that are not void.
     category: [G] int64, class index.
     is_thing: [G] bool.
   """
 
-  masks: np.ndarray
+  rles: tuple[bytes, ...]
   known: np.ndarray
   category: np.ndarray
   is_thing: np.ndarray
+
+  def mask(self, index: int) -> np.ndarray:
+    """[H, W] bool: the pixels of one segment."""
+    return decode_mask(self.rles[index], self.known.shape)
+
+  def masks(self) -> Iterator[np.ndarray]:
+    """All of them, one at a time."""
+    return map(self.mask, range(len(self.rles)))
+
+  @property
+  def area(self) -> np.ndarray:
+    """[G] int64, pixels."""
+    return np.array([mask_area(counts) for counts in self.rles], np.int64)
 
 
 def segments_of_map(target: PanopticMap) -> TrueSegments:
   """Those of a panoptic map."""
   segments = [s for s in target.segments if not s.is_crowd]
-  ids = np.array([s.id for s in segments], np.int64)
+  _, rles = encode_segments(target.ids, [s.id for s in segments])
   return TrueSegments(
-    masks=target.ids == ids[:, None, None],
+    rles=rles,
     known=target.ids != VOID,
     category=np.array([s.category for s in segments], np.int64),
     is_thing=np.array([s.is_thing for s in segments], bool),
@@ -66,15 +84,13 @@ def segments_of_instances(
     instances: with masks.
     size: (H, W) of the image.
   """
-  masks = np.zeros((len(instances.category), *size), bool)
-  for mask, rle in zip(masks, instances.rles, strict=True):
-    mask[:] = decode_mask(rle, size)
-  kept = masks.any((1, 2)) & ~instances.is_crowd
+  area = np.array([mask_area(counts) for counts in instances.rles], np.int64)
+  kept = np.flatnonzero((area > 0) & ~instances.is_crowd)
   return TrueSegments(
-    masks=masks[kept],
+    rles=tuple(instances.rles[n] for n in kept),
     known=np.ones(size, bool),
     category=instances.category[kept].astype(np.int64),
-    is_thing=np.ones(kept.sum(), bool),
+    is_thing=np.ones(len(kept), bool),
   )
 
 
@@ -102,20 +118,20 @@ def best_iou(proposals: Proposals, truth: TrueSegments) -> BestIou:
     ValueError: the two are of different size.
   """
   iou = mask_iou(
-    proposals.superpixels, proposals.membership, truth.masks, truth.known
+    proposals.superpixels, proposals.membership, truth.masks(), truth.known
   )
   return BestIou(
     iou=np.stack([iou[:n].max(0, initial=0.0) for n in COUNTS], 1),
     category=truth.category,
     is_thing=truth.is_thing,
-    area=truth.masks.sum((1, 2)),
+    area=truth.area,
   )
 
 
 def mask_iou(
   superpixels: np.ndarray,
   membership: np.ndarray,
-  masks: np.ndarray,
+  masks: Iterable[np.ndarray],
   known: np.ndarray,
 ) -> np.ndarray:
   """IoU of sets of superpixels with masks; unknown pixels count nowhere.
@@ -123,7 +139,7 @@ def mask_iou(
   Args:
     superpixels: [H, W] int32, ids 0 .. S-1.
     membership: [P, S] bool.
-    masks: [G, H, W] bool.
+    masks: G of [H, W] bool, of which one at a time is read.
     known: [H, W] bool.
 
   Returns:

@@ -27,7 +27,9 @@ class MinedImage:
 
   Attributes:
     index: its position in the split.
-    scores: [P, K] float32 in [0, 1], of the proposals, by which they are mined.
+    scores: [P, K] float32 in [0, 1], of the proposals, by which they are mined;
+      up to the last one that can be seen on the canvas, and 0 for those before
+      it that cannot.
     segments: (class index, proposal, score) of the mined segments, the
       first of each class before all others.
   """
@@ -113,9 +115,11 @@ def mine_images(
         if index < 0:
           continue
         slots = np.flatnonzero(mined.valid[i])
+        valid = batch.valid[i]
+        count = 1 + np.flatnonzero(valid).max(initial=-1)
         yield MinedImage(
           int(index),
-          scores[i][batch.valid[i]],
+          np.where(valid[:, None], scores[i], 0)[:count],
           [
             (
               int(mined.category[i, m]),

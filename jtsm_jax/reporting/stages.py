@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -73,7 +73,7 @@ def proposal_sheet(
     draw_superpixels(image, proposals.superpixels),
     draw_proposals(image, proposals, PROPOSALS_SHOWN),
     overlay_panoptic(image, best_proposals(proposals, truth), categories),
-    overlay_panoptic(image, _painted(truth, truth.masks), categories),
+    overlay_panoptic(image, _painted(truth, truth.mask), categories),
   ]
   count = len(proposals)
   titles = [
@@ -93,22 +93,22 @@ def best_proposals(proposals: Proposals, truth: TrueSegments) -> PanopticMap:
     the IoU; one that others hide has no pixel.
   """
   iou = mask_iou(
-    proposals.superpixels, proposals.membership, truth.masks, truth.known
+    proposals.superpixels, proposals.membership, truth.masks(), truth.known
   )
-  masks = [proposals.mask(index) for index in iou.argmax(0)]
-  return _painted(truth, masks, iou.max(0))
+  best = iou.argmax(0)
+  return _painted(truth, lambda n: proposals.mask(best[n]), iou.max(0))
 
 
 def _painted(
   truth: TrueSegments,
-  masks: Sequence[np.ndarray],
+  mask_of: Callable[[int], np.ndarray],
   scores: np.ndarray | None = None,
 ) -> PanopticMap:
   """A map of masks that stand for true segments, small ones on top."""
-  order = np.argsort(-truth.masks.sum((1, 2)), kind="stable")
+  order = np.argsort(-truth.area, kind="stable")
   ids = np.zeros(truth.known.shape, np.int32)
   for n in order:
-    ids[masks[n]] = n + 1
+    ids[mask_of(n)] = n + 1
   scores = np.ones(len(order)) if scores is None else scores
   segments = [
     Segment(

@@ -30,10 +30,11 @@ _DARK = (24, 24, 28)
 
 
 def class_colours(categories: Categories) -> np.ndarray:
-  """One colour for each class: things vivid, stuff muted, all distinct.
+  """One colour for each class: things vivid, stuff muted.
 
   Each next class takes the colour farthest from those before it in CIELAB, so
   the n-th thing, and the n-th stuff class, looks the same in every data set.
+  200 things and 200 stuff classes are all distinct; then colours come again.
 
   Returns:
     [K, 3] uint8 RGB.
@@ -69,8 +70,10 @@ def _spread(
     distance = np.minimum(
       distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1)
     )
+    if not distance.any():  # all are taken
+      break
     chosen.append(int(distance.argmax()))
-  return rgb[chosen[:count]]
+  return np.resize(rgb[chosen], (count, 3))
 
 
 def overlay_panoptic(
@@ -318,6 +321,9 @@ def write_image(
 ) -> None:
   """Writes a PNG or JPEG, by the suffix; the file appears only when complete.
 
+  A picture with a longer side than its format allows, 65,500 pixels of a JPEG
+  and a million of a PNG, is shrunk to that.
+
   Args:
     path: ends with .png, .jpg or .jpeg; missing folders are made.
     rgb: [H, W, 3] uint8 RGB.
@@ -327,16 +333,16 @@ def write_image(
     ValueError: another suffix, or the image is not uint8 RGB.
   """
   path = pathlib.Path(path)
-  options = {
-    ".png": [],
-    ".jpg": [cv2.IMWRITE_JPEG_QUALITY, quality],
-    ".jpeg": [cv2.IMWRITE_JPEG_QUALITY, quality],
-  }
+  jpeg = 65_500, [cv2.IMWRITE_JPEG_QUALITY, quality]
+  options = {".png": (1_000_000, []), ".jpg": jpeg, ".jpeg": jpeg}
   suffix = path.suffix.lower()
   if suffix not in options:
     raise ValueError(f"{path}: wanted a name that ends in {', '.join(options)}")
   _check(rgb)
-  _, data = cv2.imencode(suffix, rgb[..., ::-1], options[suffix])
+  limit, flags = options[suffix]
+  if max(rgb.shape) > limit:
+    rgb = _fit(rgb, limit)
+  _, data = cv2.imencode(suffix, rgb[..., ::-1], flags)
   path.parent.mkdir(parents=True, exist_ok=True)
   draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
@@ -397,8 +403,9 @@ def _fit(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def _unit(canvas: np.ndarray) -> float:
-  """Width of a thin line, pixels."""
-  return max(canvas.shape[:2]) / _LONGEST_SIDE
+  """Width of a thin line, pixels; of a panorama as of an image of 4 : 1."""
+  short, long = sorted(canvas.shape[:2])
+  return max(min(long, 4 * short) / _LONGEST_SIDE, 1)
 
 
 # Colours ---------------------------------------------------------------------

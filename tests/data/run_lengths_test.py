@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
 
-from jtsm_jax.data.run_lengths import decode_mask, encode_mask, read_runs
+from jtsm_jax.data.run_lengths import (
+  decode_mask,
+  encode_mask,
+  encode_segments,
+  mask_area,
+  read_runs,
+)
 from tests.run_lengths import decode
 
 
@@ -29,6 +35,21 @@ def test_run_lengths_are_those_of_pycocotools(seed):
   found = decode_mask(counts, whole.shape)
   assert found.dtype == bool
   np.testing.assert_array_equal(found, decode(wanted))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+def test_segments_of_a_map(dtype):
+  ids = np.array([[3, 3, 0, 200], [0, 3, 200, 0], [0, 0, 0, 3]], dtype)
+  wanted = [200, 3, 7]  # the last one is not there
+  boxes, rles = encode_segments(ids, wanted)
+  assert boxes.tolist() == [[0, 2, 2, 4], [0, 0, 3, 4], [0, 0, 0, 0]]
+  for counts, segment in zip(rles, wanted, strict=True):
+    mask = decode_mask(counts, ids.shape)
+    np.testing.assert_array_equal(mask, ids == segment)
+    assert mask_area(counts) == mask.sum()
+  one = encode_segments(np.full((2, 3), 5), [5])
+  assert one[0].tolist() == [[0, 0, 2, 3]]
+  assert encode_segments(ids, [])[0].shape == (0, 4)
 
 
 def test_the_pixels_of_run_lengths():

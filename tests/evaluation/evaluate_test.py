@@ -164,6 +164,25 @@ def test_boxes_need_no_masks():
   assert lines[4].split() == ["cow", "100.0", "1"]
 
 
+@pytest.mark.parametrize("task", ["panoptic", "instance", "detection"])
+def test_there_is_no_figure_of_no_object(task):
+  nothing = PanopticMap(np.zeros_like(IDS), ())
+  result = run(Truth(nothing), task)
+  corloc = result["localisation"]
+  table = final_table(result, corloc)
+  assert "0.0" not in table
+  ends = {
+    "panoptic": "masks of things, VOC: AP@25 -  AP@50 -  AP@70 -  AP@75 -",
+    "instance": "masks of things",
+    "detection": "boxes",
+  }
+  assert ends[task] in table
+  sizes = "AP -  AP50 -  AP75 -  AP small -  AP medium -  AP large -"
+  assert table.endswith(f"COCO: {sizes}")
+  lines = final_table({"task": task}, corloc).splitlines()
+  assert lines[2].split() == ["Mean", "-", "0"]
+
+
 @pytest.mark.parametrize("task", ["panoptic", "instance"])
 def test_boxes_alone_measure_the_detections_of_other_tasks(task):
   boxes = Truth(things=dataclasses.replace(instances_of(TRUTH), rles=()))

@@ -46,6 +46,21 @@ def test_maps_of_a_canvas_come_back_to_the_image():
   np.testing.assert_allclose(found[7, :, 1], x.clip(0, 7), atol=0.05)
 
 
+@pytest.mark.parametrize("shape", [(3, 33_000), (33_000, 3)])
+def test_maps_come_back_to_images_that_are_too_long_for_opencv(shape):
+  ramp = np.random.default_rng(0).random(8, np.float32)
+  cells = np.tile(ramp, (8, 1)) if shape[1] > 3 else np.tile(ramp[:, None], 8)
+  size, canvas = np.array([64, 64]), (64, 64)
+  found = predict_lib._to_image(
+    cells[..., None], size, shape, canvas, slice(0, shape[0])
+  )
+  assert found.shape == (*shape, 1)
+  place = (np.arange(33_000) + 0.5) * 8 / 33_000 - 0.5
+  wanted = np.interp(place, np.arange(8), ramp)
+  line = found[1, :, 0] if shape[1] > 3 else found[:, 1, 0]
+  np.testing.assert_allclose(line, wanted, atol=0.02)
+
+
 def _view(semantic, *, flip=False, size=(32, 64)):
   """One image on a canvas of 32 x 64; no features."""
   batch = tiny.make_batch(1, image=(32, 64), canvas=(32, 64))
@@ -519,6 +534,15 @@ def _whole_stuff_map(
   stuff = stuff * np.concatenate([[thing_channel], present[num_things:]])
   best = stuff.argmax(-1)
   return np.where(best > 0, best - 1 + num_things, -1), stuff.max(-1)
+
+
+@pytest.mark.parametrize("side", [1, 50, 307])
+def test_blocks_of_a_map_are_those_of_the_whole(side, monkeypatch):
+  cells = np.random.default_rng(0).random((5, 7, 3), np.float32)
+  args = cells, np.array([37, 50]), (211, 307), (40, 56), slice(11, 150)
+  wanted = predict_lib._to_image(*args)
+  monkeypatch.setattr(predict_lib, "_REMAP_SIDE", side)
+  np.testing.assert_array_equal(predict_lib._to_image(*args), wanted)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
 
+from jtsm_jax.data.things import instances_of
 from jtsm_jax.proposals import quality
 from jtsm_jax.types import (
   Instances,
@@ -58,6 +61,37 @@ def test_best_iou_among_the_first(monkeypatch):
   np.testing.assert_array_equal(best.area, [3, 3])
 
 
+def test_many_segments_need_little_memory():
+  # 100 whole masks would be 100 times 250,000 bytes.
+  ids = (np.mgrid[:500, :500] // 50 * np.array([10, 1])[:, None, None]).sum(0)
+  proposals = Proposals(
+    ids.astype(np.int32),
+    pack_members(np.eye(100, dtype=bool)),
+    np.zeros((100, 4), np.int32),
+    np.linspace(1, 0, 100, dtype=np.float32),
+  )
+  target = PanopticMap(
+    ids.astype(np.int32) + 1,
+    tuple(Segment(i, 0, i % 2 > 0, 1.0, 2500) for i in range(1, 101)),
+  )
+  things = instances_of(target)  # every second one
+  tracemalloc.start()
+  both = [
+    quality.best_iou(proposals, truth)
+    for truth in (
+      quality.segments_of_map(target),
+      quality.segments_of_instances(things, ids.shape),
+    )
+  ]
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  for best, count in zip(both, (100, 50), strict=True):
+    assert best.iou.shape == (count, len(quality.COUNTS))
+    assert (best.iou == 1).all()
+    assert (best.area == 2500).all()
+  assert peak < 8e6
+
+
 def test_masks_of_instances_may_overlap():
   proposals, _ = make_case()
   masks = np.zeros((4, 2, 4), bool)
@@ -74,7 +108,8 @@ def test_masks_of_instances_may_overlap():
     rles=tuple(rle["counts"] for rle in rles),  # the last one is empty
   )
   truth = quality.segments_of_instances(instances, (2, 4))
-  np.testing.assert_array_equal(truth.masks, masks[:2])
+  np.testing.assert_array_equal(list(truth.masks()), masks[:2])
+  np.testing.assert_array_equal(truth.area, [8, 4])
   assert truth.known.all()
   best = quality.best_iou(proposals, truth)
   np.testing.assert_allclose(best.iou[:, -1], [1, 1])

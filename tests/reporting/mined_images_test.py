@@ -93,6 +93,62 @@ def test_each_tag_has_its_best_proposal(
     assert len(np.unique(image.scores)) > 16
 
 
+class Dotted(Grid):
+  """As many, and among them three that vanish when the image is halved."""
+
+  places = (5, 12, 18)
+
+  def get(self, image_id):
+    tiles = super().get(image_id)
+    superpixels = tiles.superpixels.copy()
+    superpixels[0, 0] = 16  # odd rows and columns are sampled
+    membership = np.zeros((19, 17), bool)
+    membership[self.places, 16] = True
+    membership[self.kept, :16] = tiles.membership
+    boxes = np.array([[0, 0, 1, 1]] * 19, np.int32)
+    boxes[self.kept] = tiles.boxes
+    return Proposals(
+      superpixels,
+      pack_members(membership),
+      boxes,
+      np.linspace(1, 0, 19, dtype=np.float32),
+    )
+
+  @property
+  def kept(self):
+    return np.delete(np.arange(19), self.places)
+
+
+@pytest.mark.parametrize("num_refinements", [0, 2])
+def test_scores_are_those_of_their_proposals(source, num_refinements):
+  model = _model(num_refinements, has_cells=True)
+  variables = jax.device_put(tiny.make_variables(model, tiny.make_batch(1)))
+  plain, dotted = (
+    list(
+      mine_images(
+        model,
+        variables,
+        source,
+        store=store,
+        settings=SETTINGS,
+        tag_advantage=2.0,
+        canvases=((32, 32),),
+        batch_size=5,
+        max_proposals=20,
+        max_superpixels=20,
+      )
+    )
+    for store in (Grid(), Dotted())
+  )
+  for a, b in zip(plain, dotted, strict=True):
+    assert b.scores.shape == (18, 12)  # to the last that is seen
+    assert not b.scores[[5, 12]].any()
+    found = b.scores[Dotted().kept]
+    np.testing.assert_allclose(found, a.scores, rtol=1e-4)
+    for k, proposal, score in b.segments:
+      assert b.scores[proposal, k] == pytest.approx(score)
+
+
 @pytest.mark.parametrize("num_refinements", [0, 2])
 @pytest.mark.parametrize("has_cells", [False, True])
 def test_segments_are_those_of_the_training(source, num_refinements, has_cells):

@@ -5,6 +5,7 @@ import os
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from jtsm_jax.reporting import visualize
 from jtsm_jax.types import (
@@ -58,6 +59,17 @@ def test_class_colours_are_distinct_vivid_and_muted(things, stuff):
   assert apart.min() >= 12
   if things and stuff:
     assert chroma(colours[:things]).min() > chroma(colours[things:]).max()
+
+
+@pytest.mark.parametrize(("things", "stuff"), [(900, 0), (0, 900), (900, 900)])
+def test_the_first_two_hundred_of_each_kind_are_distinct(things, stuff):
+  colours = visualize.class_colours(categories(things, stuff))
+  assert colours.shape == (things + stuff, 3)
+  for kind in (colours[:things], colours[things:]):
+    assert len(np.unique(kind[:200], axis=0)) == len(kind[:200])
+    # The others share them evenly.
+    shared = np.unique(kind, axis=0, return_counts=True)[1]
+    assert not len(kind) or shared.max() - shared.min() <= 1
 
 
 def test_class_colours_do_not_depend_on_the_number_of_classes():
@@ -150,6 +162,23 @@ def test_large_image_keeps_its_size_and_tiny_and_empty_ones_work():
   assert visualize.overlay_panoptic(
     np.zeros((1, 1, 3), np.uint8), dot, names
   ).shape == (640, 640, 3)
+
+
+def test_lines_of_a_panorama_leave_room_for_its_segments():
+  # Of 4 : 1 the lines are as thick as of 2 : 1, of a longer one no thicker.
+  def lines(width):
+    ids = np.repeat(np.int32([1, 2]), width // 2)[None].repeat(320, 0)
+    halves = PanopticMap(
+      ids, tuple(Segment(i, 0, True, 1.0, ids.size // 2) for i in (1, 2))
+    )
+    image = np.full((*ids.shape, 3), 100, np.uint8)
+    out = visualize.overlay_panoptic(
+      image, halves, categories(1, 1), labels=False
+    )
+    row = out[160].astype(int)
+    return ((row != row[0]) & (row != row[-1])).any(1).sum()
+
+  assert lines(640) < lines(1280) == lines(6400)
 
 
 def test_input_image_is_not_changed():
@@ -321,6 +350,23 @@ def test_write_image_keeps_rgb_order(tmp_path, name, error):
   back = cv2.imread(str(path))[..., ::-1].astype(int)
   assert np.abs(back - rgb).max() <= error
   assert os.listdir(path.parent) == [name]
+
+
+@pytest.mark.parametrize(
+  ("name", "limit"), [("a.jpg", 65_500), ("a.png", 1_000_000)]
+)
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_what_is_too_long_for_its_format_is_shrunk(
+  tmp_path, name, limit, is_wide
+):
+  ramp = np.linspace(0, 250, 2 * limit + 100).astype(np.uint8)
+  rgb = np.repeat(ramp[:, None, None], 3, 2).repeat(3, 1)
+  rgb = rgb.swapaxes(0, 1) if is_wide else rgb
+  visualize.write_image(tmp_path / name, rgb)
+  with Image.open(tmp_path / name) as image:
+    assert image.size == ((limit, 1) if is_wide else (1, limit))
+    ends = np.asarray(image).reshape(-1, 3)[[0, -1]]
+  np.testing.assert_allclose(ends, [[0] * 3, [250] * 3], atol=2)
 
 
 def test_failed_write_leaves_the_old_file_and_no_draft(tmp_path, monkeypatch):
