@@ -42,7 +42,7 @@ from jtsm_jax.reporting.visualize import (
   class_colours,
   draw_mask,
   draw_scores,
-  overlay_panoptic,
+  sketch_panoptic,
   write_image,
 )
 from jtsm_jax.types import (
@@ -352,7 +352,7 @@ def _validation_image(
     drawer.picture("photograph", image, "Photograph", "Photograph"),
     drawer.picture(
       "prediction",
-      overlay_panoptic(image, panoptic, categories),
+      sketch_panoptic(image, panoptic, categories),
       "Prediction",
       f"Prediction: {_describe(panoptic, names)}",
     ),
@@ -363,7 +363,7 @@ def _validation_image(
     result.append(
       drawer.picture(
         "truth",
-        overlay_panoptic(image, target, categories),
+        sketch_panoptic(image, target, categories),
         "Ground truth",
         f"Ground truth: {_describe(target, names)}",
       )
@@ -387,9 +387,9 @@ def _validation_image(
   if pictures:
     title = "Proposals by score, of each class found"
     groups.append(Group(title, pictures, note=note))
-  covers = [image, overlay_panoptic(image, panoptic, categories, labels=False)]
+  covers = [image, sketch_panoptic(image, panoptic, categories, labels=False)]
   if target is not None:
-    truth = overlay_panoptic(image, target, categories, labels=False)
+    truth = sketch_panoptic(image, target, categories, labels=False)
     covers = [covers[1], truth]
   height, width = image.shape[:2]
   return Image(
@@ -504,7 +504,7 @@ def _training_image(
     drawer.picture("photograph", image, "Photograph", "Photograph"),
     drawer.picture(
       "mined",
-      overlay_panoptic(image, everything, categories),
+      sketch_panoptic(image, everything, categories),
       caption,
       f"{caption}: {_describe(everything, names)}",
     ),
@@ -530,7 +530,7 @@ def _training_image(
     groups.append(Group(names[k], pictures, category=k))
   covers = [
     image,
-    overlay_panoptic(image, everything, categories, labels=False),
+    sketch_panoptic(image, everything, categories, labels=False),
   ]
   height, width = image.shape[:2]
   return Image(

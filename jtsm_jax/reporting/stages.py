@@ -13,7 +13,7 @@ from jtsm_jax.reporting.visualize import (
   draw_mask,
   draw_proposals,
   draw_superpixels,
-  overlay_panoptic,
+  sketch_panoptic,
 )
 from jtsm_jax.types import Categories, PanopticMap, Proposals, Segment
 
@@ -43,11 +43,11 @@ def prediction_sheet(
     image,
     draw_superpixels(image, proposals.superpixels),
     draw_proposals(image, proposals, PROPOSALS_SHOWN),
-    overlay_panoptic(image, prediction, categories),
+    sketch_panoptic(image, prediction, categories),
   ]
   titles = ["image", "superpixels", "proposals", "prediction"]
   if target is not None:
-    tiles.append(overlay_panoptic(image, target, categories))
+    tiles.append(sketch_panoptic(image, target, categories))
     titles.append("ground truth")
   return contact_sheet([tiles], titles)
 
@@ -72,8 +72,8 @@ def proposal_sheet(
   tiles = [
     draw_superpixels(image, proposals.superpixels),
     draw_proposals(image, proposals, PROPOSALS_SHOWN),
-    overlay_panoptic(image, best_proposals(proposals, truth), categories),
-    overlay_panoptic(image, _painted(truth, truth.mask), categories),
+    sketch_panoptic(image, best_proposals(proposals, truth), categories),
+    sketch_panoptic(image, _painted(truth, truth.mask), categories),
   ]
   count = len(proposals)
   titles = [

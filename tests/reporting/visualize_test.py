@@ -1,5 +1,6 @@
 """Pictures, checked where their pixels can be worked out by hand."""
 
+import dataclasses
 import os
 
 import cv2
@@ -269,6 +270,44 @@ def test_scores_lie_on_grey():
   image[..., 0] = 255
   out = visualize.draw_scores(image, proposals([]), np.zeros(0, np.float32), 3)
   assert (out == out[..., :1]).all()
+
+
+def test_large_pictures_for_sheets_are_small_and_look_the_same():
+  """Outlines on millions of pixels would take long."""
+  rng = np.random.default_rng(0)
+  image = np.kron(rng.integers(60, 200, (4, 8, 1)), np.ones((400, 400, 3)))
+  image = image.astype(np.uint8)
+  store = dataclasses.replace(
+    proposals([[False, True], [True, False]]),
+    superpixels=np.repeat(np.repeat([[0, 1], [1, 0]], 800, 0), 1600, 1),
+  )
+  ids = np.where(store.superpixels == 0, 5, 0).astype(np.int32)
+  panoptic = PanopticMap(ids, (Segment(5, 0, True, 0.5, int((ids > 0).sum())),))
+  scores = np.array([0.3, 0.9], np.float32)
+  kinds = categories(1, 1)
+  drawn = {
+    "superpixels": lambda i, s: visualize.draw_superpixels(i, s),
+    "proposals": lambda i, s: visualize.draw_proposals(
+      i, dataclasses.replace(store, superpixels=s), 2
+    ),
+    "scores": lambda i, s: visualize.draw_scores(
+      i, dataclasses.replace(store, superpixels=s), scores, 2
+    ),
+    "mask": lambda i, s: visualize.draw_mask(i, s == 0, (255, 0, 0), "cow"),
+    "panoptic": lambda i, s: visualize.sketch_panoptic(
+      i,
+      dataclasses.replace(panoptic, ids=np.where(s == 0, 5, 0)),
+      kinds,
+    ),
+  }
+  half = image[::2, ::2], store.superpixels[::2, ::2]
+  for name, draw in drawn.items():
+    out = draw(image, store.superpixels)
+    assert out.shape == (640, 1280, 3), name
+    wanted = cv2.resize(draw(*half), (1280, 640), interpolation=cv2.INTER_AREA)
+    difference = np.abs(out.astype(int) - wanted)
+    assert difference.mean() < 3, name
+  assert visualize.overlay_panoptic(image, panoptic, kinds).shape == image.shape
 
 
 def test_draw_mask_paints_the_mask_only():
