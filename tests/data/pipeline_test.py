@@ -214,7 +214,7 @@ def test_a_signal_to_all_processes_stops_none_that_makes_batches(
   flags.FLAGS.mark_as_parsed()  # grain's workers read them
   before = set(multiprocessing.active_children())
   steps = start(source, num_steps=40, num_workers=2, num_threads=1)
-  found = [next(steps)]
+  found = [next(steps), next(steps)]  # one from each: both have begun
   workers = set(multiprocessing.active_children()) - before
   assert len(workers) == 2
   for worker in workers:
