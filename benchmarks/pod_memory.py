@@ -95,9 +95,7 @@ def main() -> None:
 
 def run_of(depth, axes, batch_size, fields) -> Setup:
   """A run of the paper's setting on a mesh that need not exist."""
-  config = base.get_config()
-  if depth > 18:
-    variants.apply(config, f"resnet{depth}_ws")
+  config = variants.apply(base.get_config(), f"resnet{depth}_ws")
   config.proposals.max_proposals = PROPOSALS
   config.train.batch_size = batch_size
   config.train.update(fields)

@@ -6,6 +6,7 @@ the format; everything else works on `PanopticMap`.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -64,32 +65,34 @@ def decode_ids(colours: np.ndarray) -> np.ndarray:
   return ids
 
 
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+  """What a JSON says of one map, and where its PNG is."""
+
+  source_id: str | int  # of the image
+  path: AnyPath
+  segments: list[Segment]  # without areas
+  size: tuple[int | None, int | None]  # height, width
+  json_file: AnyPath
+
+
 class PanopticFiles(Mapping[str | int, PanopticMap]):
   """Maps by image file name or image id; each map is read when asked for."""
 
-  def __init__(
-    self,
-    entries: dict[str | int, dict[str, Any]],
-    source_ids: dict[str | int, str | int],
-  ):
-    """Args: of each image, the arguments of `_read_map`; its id in the JSON."""
+  def __init__(self, entries: dict[str | int, _Entry]):
+    """Args: what is known of the map of each image."""
     self._entries = entries
-    self._source_ids = source_ids
 
   def part(self, images: Iterable[str | int]) -> PanopticFiles:
     """The maps of some of the images alone."""
-    images = list(images)
-    return PanopticFiles(
-      {image: self._entries[image] for image in images},
-      {image: self._source_ids[image] for image in images},
-    )
+    return PanopticFiles({image: self._entries[image] for image in images})
 
   def source_id(self, image: str | int) -> str | int:
     """The id of an image in the JSON."""
-    return self._source_ids[image]
+    return self._entries[image].source_id
 
   def __getitem__(self, image: str | int) -> PanopticMap:
-    return _read_map(**self._entries[image])
+    return _read_map(self._entries[image])
 
   def __contains__(self, image: object) -> bool:
     return image in self._entries  # Mapping's own would read the map
@@ -126,7 +129,7 @@ def read_panoptic(
   data = read_json(json_file)
   check_categories(json_file, data, categories)
   images = json_images(json_file, data)
-  entries, source_ids = {}, {}
+  entries = {}
   for image_id, annotation in _annotations(json_file, data):
     image = images.get(json_key(image_id))
     if image is None:
@@ -140,11 +143,10 @@ def read_panoptic(
         f"{json_file}: image {image_file!r} is annotated twice; keep one"
       )
     size = (image.get("height"), image.get("width"))
-    entries[image_file] = _map_arguments(
+    entries[image_file] = _entry(
       annotation, json_file, folder, categories, size=size
     )
-    source_ids[image_file] = image_id
-  return PanopticFiles(entries, source_ids)
+  return PanopticFiles(entries)
 
 
 def read_panoptic_results(
@@ -167,10 +169,10 @@ def read_panoptic_results(
         f"{json_file}: the image_id {image_id!r} of an annotation is no number"
         " or string, or occurs twice; keep one annotation of each image"
       )
-    entries[image_id] = _map_arguments(
+    entries[image_id] = _entry(
       annotation, json_file, folder, categories, size=(None, None)
     )
-  return PanopticFiles(entries, {image: image for image in entries})
+  return PanopticFiles(entries)
 
 
 def _check_folder(json_file: AnyPath, folder: AnyPath) -> None:
@@ -190,15 +192,14 @@ def _annotations(json_file: AnyPath, data: Any) -> Iterator[tuple[Any, Any]]:
     yield image_id, annotation
 
 
-def _map_arguments(
+def _entry(
   annotation: dict[str, Any],
   json_file: AnyPath,
   folder: AnyPath,
   categories: Categories,
   *,
   size: tuple[int | None, int | None],
-) -> dict[str, Any]:
-  """Arguments of `_read_map`: what the JSON says of one map."""
+) -> _Entry:
   where = f"the annotation of image {annotation['image_id']!r}"
   index_of = {c.id: i for i, c in enumerate(categories.items)}
   png = json_field(annotation, "file_name", json_file, where)
@@ -223,7 +224,8 @@ def _map_arguments(
         is_crowd=bool(info.get("iscrowd", 0)),
       )
     )
-  return dict(
+  return _Entry(
+    source_id=annotation["image_id"],
     path=safe_path(folder, png, f"{json_file}: {where}"),
     segments=segments,
     size=size,
@@ -326,32 +328,26 @@ def check_categories(
       )
 
 
-def _read_map(
-  *,
-  path: AnyPath,
-  segments: list[Segment],
-  size: tuple[int | None, int | None],
-  json_file: AnyPath,
-) -> PanopticMap:
-  ids = _read_ids(path, size, json_file)
+def _read_map(entry: _Entry) -> PanopticMap:
+  ids = _read_ids(entry.path, entry.size, entry.json_file)
   values, areas = np.unique(ids, return_counts=True)
   area_of = dict(zip(values.tolist(), areas.tolist(), strict=True))
   area_of.pop(VOID, None)
-  listed = [s.id for s in segments]
+  listed = [s.id for s in entry.segments]
   if sorted(listed) != sorted(area_of):
     only_png = sorted(set(area_of) - set(listed))
     only_json = sorted(set(listed) - set(area_of))
     repeated = sorted({i for i in listed if listed.count(i) > 1})
     raise InputError(
-      f"{path}: its ids and those of {json_file} differ: only in the PNG"
-      f" {only_png}, only in the JSON {only_json}, repeated in the JSON"
+      f"{entry.path}: its ids and those of {entry.json_file} differ: only in"
+      f" the PNG {only_png}, only in the JSON {only_json}, repeated in the JSON"
       f" {repeated}; every id must occur once in both"
     )
   return PanopticMap(
     ids,
     tuple(
       Segment(s.id, s.category, s.is_thing, s.score, area_of[s.id], s.is_crowd)
-      for s in segments
+      for s in entry.segments
     ),
   )
 
